@@ -1,0 +1,1 @@
+//! quantization recipes, round to nearest, packing, materializing

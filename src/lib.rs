@@ -1,0 +1,1 @@
+//! trtvlm compiles vision-language checkpoints into TensorRT engines.

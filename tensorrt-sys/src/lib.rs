@@ -1,0 +1,1 @@
+//! TensorRT called through its virtual tables, loaded at run time
