@@ -1,7 +1,27 @@
 //! Networks before any target: the IR, the DSL that writes it, the model families, the verifier and the CPU interpreter.
 //! No input or output, no TensorRT.
+mod config;
 mod dtype;
+mod error;
+pub mod families;
+mod infer;
+pub mod interpret;
+mod ir;
+pub mod models;
+mod rope;
+mod scope;
+mod text;
+mod verify;
 mod weight;
 
 pub use dtype::DType;
+pub use error::GraphError;
+pub use ir::{
+    ActivationKind, Attention, Axis, BinaryKind, Cache, Dim, Mask, Network, Node, NodeId, NormKind, Op, Split, Type,
+};
+pub use models::{Facts, Logits, Model};
+pub use rope::{Rope, RopeScaling};
+pub use scope::{CacheInputs, Graph, Heads, Linear, Scope, Tensor};
+pub use text::{parse, print};
+pub use verify::verify;
 pub use weight::{Format, Weight};

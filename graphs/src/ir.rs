@@ -1,0 +1,324 @@
+//! The network IR: nodes in order, each with a path, an op, inputs and a type.
+use crate::{DType, Rope, Weight};
+use serde::{Deserialize, Serialize};
+
+/// A dimension whose size is known only when the engine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Axis {
+    /// Requests (or pictures) in one call.
+    Batch,
+    /// New tokens of each request in one call: the prompt's in prefill, 1 in decode.
+    Tokens,
+    /// Rows of the prompt table: picture features of all requests, one after the other.
+    Features,
+}
+
+impl Axis {
+    pub fn name(self) -> &'static str {
+        match self {
+            Axis::Batch => "batch",
+            Axis::Tokens => "tokens",
+            Axis::Features => "features",
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<Axis> {
+        [Axis::Batch, Axis::Tokens, Axis::Features].into_iter().find(|axis| axis.name() == text)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Dim {
+    Fixed(usize),
+    Named(Axis),
+}
+
+impl Dim {
+    pub fn fixed(self) -> Option<usize> {
+        match self {
+            Dim::Fixed(size) => Some(size),
+            Dim::Named(_) => None,
+        }
+    }
+}
+
+impl From<usize> for Dim {
+    fn from(size: usize) -> Dim {
+        Dim::Fixed(size)
+    }
+}
+
+impl From<Axis> for Dim {
+    fn from(axis: Axis) -> Dim {
+        Dim::Named(axis)
+    }
+}
+
+impl std::fmt::Display for Dim {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Dim::Fixed(size) => write!(f, "{size}"),
+            Dim::Named(axis) => f.write_str(axis.name()),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Type {
+    pub dtype: DType,
+    pub shape: Vec<Dim>,
+}
+
+impl Type {
+    pub fn new(dtype: DType, shape: impl Into<Vec<Dim>>) -> Type {
+        Type { dtype, shape: shape.into() }
+    }
+}
+
+impl std::fmt::Display for Type {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let shape: Vec<String> = self.shape.iter().map(Dim::to_string).collect();
+        write!(f, "{}[{}]", self.dtype, shape.join(","))
+    }
+}
+
+/// Position of a node in [`Network::nodes`]; inputs always come before their users.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(pub usize);
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    /// Unique; the checkpoint's name for layers with weights. Also the recipe's glob target, the key of statistics,
+    /// the TensorRT layer name and the name in every error.
+    pub path: String,
+    pub op: Op,
+    pub inputs: Vec<NodeId>,
+    pub ty: Type,
+}
+
+/// How a layer is divided over the ranks of tensor parallelism; sizes in the network are always those of the whole model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Split {
+    #[default]
+    None,
+    /// By outputs; what follows works on a part of the features.
+    Column,
+    /// By inputs; partial sums are all-reduced.
+    Row,
+    /// By vocabulary entries.
+    Vocab,
+}
+
+impl Split {
+    pub fn is_none(&self) -> bool {
+        *self == Split::None
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormKind {
+    /// (x - mean) / sqrt(var + epsilon) * weight + bias.
+    Layer,
+    /// x / sqrt(mean(x^2) + epsilon) * weight.
+    Rms,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationKind {
+    Relu,
+    Silu,
+    /// x * Phi(x), by the error function.
+    Gelu,
+    /// The tanh approximation (`gelu_new`, `gelu_pytorch_tanh`).
+    GeluTanh,
+    /// x * sigmoid(1.702 x).
+    QuickGelu,
+}
+
+impl ActivationKind {
+    /// From the name in a Hugging Face config (`hidden_act`).
+    pub fn from_config(name: &str) -> Option<ActivationKind> {
+        Some(match name {
+            "relu" => ActivationKind::Relu,
+            "silu" | "swish" => ActivationKind::Silu,
+            "gelu" => ActivationKind::Gelu,
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => ActivationKind::GeluTanh,
+            "quick_gelu" => ActivationKind::QuickGelu,
+            _ => return None,
+        })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BinaryKind {
+    Add,
+    Multiply,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mask {
+    /// Every query sees every key.
+    None,
+    /// Query i of a request sees its cached keys and the new keys 0..=i.
+    Causal,
+}
+
+/// Attention with everything in it.
+///
+/// Inputs: query `[batch, tokens, heads * head_dim]`, key and value `[batch, tokens, kv_heads * head_dim]`; with a rope
+/// then `position_ids` int32 `[batch, tokens]`; with a cache then `past_lengths` int32 `[batch]` (rows of the cache that
+/// are filled before this call: new keys are written there) and `sequence_lengths` int32 `[batch]` (rows filled after it).
+/// Query head h uses key/value head h / (heads / kv_heads).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Attention {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Factor of the scores; head_dim^-0.5 except in T5.
+    pub scale: f32,
+    pub mask: Mask,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope: Option<Rope>,
+    /// Slot of the key/value cache (the decoder layer's number).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<usize>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Op {
+    /// A network input of the node's name and type.
+    Input,
+    /// x W^T; weight `[out, in]`.
+    Linear {
+        weight: Weight,
+        #[serde(default, skip_serializing_if = "Split::is_none")]
+        split: Split,
+    },
+    /// x plus a weight whose shape is the end of x's (a bias `[features]`, position embeddings `[rows, features]`).
+    BiasAdd { weight: Weight },
+    /// Over the last dimension.
+    Norm {
+        kind: NormKind,
+        weight: Weight,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        bias: Option<Weight>,
+        epsilon: f32,
+    },
+    Activation { kind: ActivationKind },
+    /// Of two tensors of one shape.
+    Binary { kind: BinaryKind },
+    Attention(Attention),
+    /// Convolution without padding: x `[batch, in, height, width]`, weight `[out, in, k, k]`.
+    Conv { weight: Weight, stride: usize },
+    /// Rows of a table `[vocab, hidden]`; ids past the table's end take its last row (see `Splice`).
+    Embed {
+        weight: Weight,
+        #[serde(default, skip_serializing_if = "Split::is_none")]
+        split: Split,
+    },
+    /// Inputs: embedded ids, the ids, the prompt table `[features, hidden]`. Where id >= vocab: table row id - vocab.
+    Splice { vocab: usize },
+    /// A weight repeated for each element of x's first dimension: `[batch, ...weight]`.
+    Broadcast { weight: Weight },
+    Concat { axis: usize },
+    Slice { axis: usize, start: usize, end: usize },
+    Reshape { shape: Vec<Dim> },
+    Transpose { permutation: Vec<usize> },
+    /// Inputs: x `[batch, tokens, hidden]`, last token's index int32 `[batch]`. Result `[batch, hidden]`.
+    LastToken,
+    Cast { dtype: DType },
+}
+
+impl Op {
+    /// Name of the op in text.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Input => "input",
+            Op::Linear { .. } => "linear",
+            Op::BiasAdd { .. } => "bias_add",
+            Op::Norm { .. } => "norm",
+            Op::Activation { .. } => "activation",
+            Op::Binary { .. } => "binary",
+            Op::Attention(_) => "attention",
+            Op::Conv { .. } => "conv",
+            Op::Embed { .. } => "embed",
+            Op::Splice { .. } => "splice",
+            Op::Broadcast { .. } => "broadcast",
+            Op::Concat { .. } => "concat",
+            Op::Slice { .. } => "slice",
+            Op::Reshape { .. } => "reshape",
+            Op::Transpose { .. } => "transpose",
+            Op::LastToken => "last_token",
+            Op::Cast { .. } => "cast",
+        }
+    }
+
+    pub fn weights(&self) -> Vec<&Weight> {
+        match self {
+            Op::Linear { weight, .. }
+            | Op::BiasAdd { weight }
+            | Op::Conv { weight, .. }
+            | Op::Embed { weight, .. }
+            | Op::Broadcast { weight } => vec![weight],
+            Op::Norm { weight, bias, .. } => std::iter::once(weight).chain(bias).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// One key/value cache that a network reads and writes: keys and values `[batch, kv_heads, rows, head_dim]` each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cache {
+    pub slot: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Network {
+    /// `vision`, `language` ...
+    pub name: String,
+    /// The type that weights and activations are computed in.
+    pub dtype: DType,
+    pub nodes: Vec<Node>,
+    pub outputs: Vec<(String, NodeId)>,
+}
+
+impl Network {
+    pub fn node(&self, id: NodeId) -> Option<&Node> {
+        self.nodes.get(id.0)
+    }
+
+    pub fn inputs(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.iter().filter(|node| node.op == Op::Input)
+    }
+
+    /// Caches in slot order.
+    pub fn caches(&self) -> Vec<Cache> {
+        let mut caches: Vec<Cache> = self
+            .nodes
+            .iter()
+            .filter_map(|node| match &node.op {
+                Op::Attention(Attention { cache: Some(slot), kv_heads, head_dim, .. }) => {
+                    Some(Cache { slot: *slot, kv_heads: *kv_heads, head_dim: *head_dim })
+                }
+                _ => None,
+            })
+            .collect();
+        caches.sort_by_key(|cache| cache.slot);
+        caches
+    }
+
+    /// Every weight of the network with its node, in node order.
+    pub fn weights(&self) -> impl Iterator<Item = (&Node, &Weight)> {
+        self.nodes.iter().flat_map(|node| node.op.weights().into_iter().map(move |weight| (node, weight)))
+    }
+}
