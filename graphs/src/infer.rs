@@ -2,10 +2,10 @@
 use crate::{Attention, DType, Dim, Mask, Op, Type, Weight};
 
 /// A reason why an op does not fit its inputs, without the node's path (the caller knows it).
-pub type Misfit = String;
+pub(crate) type Misfit = String;
 
 /// The result type of `op`, or what does not fit. `declared` is the node's own type, which only inputs need.
-pub fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute: DType) -> Result<Type, Misfit> {
+pub(crate) fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute: DType) -> Result<Type, Misfit> {
     check_count(op, inputs.len())?;
     let first = || inputs.first().copied().ok_or_else(|| "has no input".to_string());
     match op {

@@ -203,7 +203,9 @@ pub enum Op {
         split: Split,
     },
     /// x plus a weight whose shape is the end of x's (a bias `[features]`, position embeddings `[rows, features]`).
-    BiasAdd { weight: Weight },
+    BiasAdd {
+        weight: Weight,
+    },
     /// Over the last dimension.
     Norm {
         kind: NormKind,
@@ -212,12 +214,19 @@ pub enum Op {
         bias: Option<Weight>,
         epsilon: f32,
     },
-    Activation { kind: ActivationKind },
+    Activation {
+        kind: ActivationKind,
+    },
     /// Of two tensors of one shape.
-    Binary { kind: BinaryKind },
+    Binary {
+        kind: BinaryKind,
+    },
     Attention(Attention),
     /// Convolution without padding: x `[batch, in, height, width]`, weight `[out, in, k, k]`.
-    Conv { weight: Weight, stride: usize },
+    Conv {
+        weight: Weight,
+        stride: usize,
+    },
     /// Rows of a table `[vocab, hidden]`; ids past the table's end take its last row (see `Splice`).
     Embed {
         weight: Weight,
@@ -225,16 +234,32 @@ pub enum Op {
         split: Split,
     },
     /// Inputs: embedded ids, the ids, the prompt table `[features, hidden]`. Where id >= vocab: table row id - vocab.
-    Splice { vocab: usize },
+    Splice {
+        vocab: usize,
+    },
     /// A weight repeated for each element of x's first dimension: `[batch, ...weight]`.
-    Broadcast { weight: Weight },
-    Concat { axis: usize },
-    Slice { axis: usize, start: usize, end: usize },
-    Reshape { shape: Vec<Dim> },
-    Transpose { permutation: Vec<usize> },
+    Broadcast {
+        weight: Weight,
+    },
+    Concat {
+        axis: usize,
+    },
+    Slice {
+        axis: usize,
+        start: usize,
+        end: usize,
+    },
+    Reshape {
+        shape: Vec<Dim>,
+    },
+    Transpose {
+        permutation: Vec<usize>,
+    },
     /// Inputs: x `[batch, tokens, hidden]`, last token's index int32 `[batch]`. Result `[batch, hidden]`.
     LastToken,
-    Cast { dtype: DType },
+    Cast {
+        dtype: DType,
+    },
 }
 
 impl Op {

@@ -8,6 +8,7 @@ mod infer;
 pub mod interpret;
 mod ir;
 pub mod models;
+mod names;
 mod rope;
 mod scope;
 mod text;
@@ -20,6 +21,7 @@ pub use ir::{
     ActivationKind, Attention, Axis, BinaryKind, Cache, Dim, Mask, Network, Node, NodeId, NormKind, Op, Split, Type,
 };
 pub use models::{Facts, Logits, Model};
+pub use names::{Coverage, cover};
 pub use rope::{Rope, RopeScaling};
 pub use scope::{CacheInputs, Graph, Heads, Linear, Scope, Tensor};
 pub use text::{parse, print};

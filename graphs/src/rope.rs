@@ -36,8 +36,8 @@ impl Rope {
                 } else if wavelength > original_max_positions / low_freq_factor {
                     frequency / factor
                 } else {
-                    let smooth = (original_max_positions / wavelength - low_freq_factor)
-                        / (high_freq_factor - low_freq_factor);
+                    let smooth =
+                        (original_max_positions / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
                     (1.0 - smooth) * frequency / factor + smooth * frequency
                 }
             }

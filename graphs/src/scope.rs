@@ -109,7 +109,7 @@ impl State {
 
 impl<'g> Scope<'g> {
     pub fn sub(&self, name: &str) -> Scope<'g> {
-        Scope { graph: self.graph, path: self.join(name) }
+        Scope { graph: self.graph, path: self.name(name) }
     }
 
     /// Layer `number` of a list: `layers.3`.
@@ -117,34 +117,35 @@ impl<'g> Scope<'g> {
         self.sub(&format!("{name}.{number}"))
     }
 
-    fn join(&self, name: &str) -> String {
+    /// The whole name of something in this scope.
+    pub fn name(&self, name: &str) -> String {
         if self.path.is_empty() { name.into() } else { format!("{}.{name}", self.path) }
     }
 
     /// A matrix product with `NAME.weight` `[out, in]`; `in` is the width of its input.
     pub fn linear(&self, name: &str, out: usize) -> Linear<'g> {
-        let path = self.join(name);
+        let path = self.name(name);
         Linear { graph: self.graph, weight: format!("{path}.weight"), path, out, bias: false, split: Split::None }
     }
 
     pub fn layer_norm(&self, name: &str, epsilon: f32) -> Norm<'g> {
-        Norm { graph: self.graph, path: self.join(name), kind: NormKind::Layer, epsilon }
+        Norm { graph: self.graph, path: self.name(name), kind: NormKind::Layer, epsilon }
     }
 
     pub fn rms_norm(&self, name: &str, epsilon: f32) -> Norm<'g> {
-        Norm { graph: self.graph, path: self.join(name), kind: NormKind::Rms, epsilon }
+        Norm { graph: self.graph, path: self.name(name), kind: NormKind::Rms, epsilon }
     }
 
     /// Rows of `NAME.weight` `[vocab, hidden]` by id.
     pub fn embed(&self, name: &str, vocab: usize, hidden: usize, ids: Tensor<'g>) -> Tensor<'g> {
-        let path = self.join(name);
+        let path = self.name(name);
         let weight = Weight::tensor(format!("{path}.weight"), &[vocab, hidden]);
         self.graph.push(path, Op::Embed { weight, split: Split::Vocab }, &[ids], None)
     }
 
     /// A convolution over patches: `NAME.weight` `[out, in, patch, patch]`, stride `patch`, no padding, no bias.
     pub fn patches(&self, name: &str, out: usize, patch: usize, x: Tensor<'g>) -> Tensor<'g> {
-        let path = self.join(name);
+        let path = self.name(name);
         let channels = x.ty().shape.get(1).and_then(|dim| dim.fixed()).unwrap_or(0);
         let weight = Weight::tensor(format!("{path}.weight"), &[out, channels, patch, patch]);
         self.graph.push(path, Op::Conv { weight, stride: patch }, &[x], None)
@@ -152,14 +153,14 @@ impl<'g> Scope<'g> {
 
     /// The parameter `name` (its whole name, no `.weight` is added) repeated over the batch of `like`.
     pub fn broadcast(&self, name: &str, shape: &[usize], like: Tensor<'g>) -> Tensor<'g> {
-        let path = self.join(name);
+        let path = self.name(name);
         let weight = Weight::tensor(path.clone(), shape);
         self.graph.push(path, Op::Broadcast { weight }, &[like], None)
     }
 
     /// x plus the parameter `name` (its whole name), whose shape is the end of x's.
     pub fn add_parameter(&self, name: &str, shape: &[usize], x: Tensor<'g>) -> Tensor<'g> {
-        let path = self.join(name);
+        let path = self.name(name);
         let weight = Weight::tensor(path.clone(), shape);
         self.graph.push(path, Op::BiasAdd { weight }, &[x], None)
     }
@@ -174,7 +175,7 @@ impl<'g> Scope<'g> {
             rope: None,
             cache: None,
         };
-        AttentionLayer { graph: self.graph, path: self.join("attention"), attention, extra: Vec::new() }
+        AttentionLayer { graph: self.graph, path: self.name("attention"), attention, extra: Vec::new() }
     }
 }
 

@@ -1,0 +1,222 @@
+//! The CPU interpreter: the oracle of every target, and the way to run without a GPU.
+//!
+//! It computes in f32 whatever the network's type is, one arm per op, and reads quantized weights as an engine would:
+//! dequantized, then multiplied.
+mod array;
+mod attention;
+mod kernels;
+mod matmul;
+
+use crate::{Axis, Cache, DType, Dim, Network, Node, NodeId, Op, Weight};
+pub use array::{Array, Data};
+use rayon::prelude::*;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use thiserror::Error;
+
+/// Where weights come from; values are dequantized, row-major, of the weight's logical shape.
+pub trait Values: Sync {
+    /// # Errors
+    /// Whatever keeps the weight from being read.
+    fn values(&self, weight: &Weight) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+#[derive(Debug, Error)]
+pub enum InterpretError {
+    #[error("weight of `{path}`: {source}")]
+    Weight { path: String, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("weight of `{path}`: wanted {wanted} values, found {found}")]
+    WeightSize { path: String, wanted: usize, found: usize },
+    #[error("input `{name}`: wanted {wanted}, found {found}")]
+    Input { name: String, wanted: String, found: String },
+    #[error("`{path}`: {reason}")]
+    Node { path: String, reason: String },
+}
+
+/// Keys and values of earlier tokens, `[batch, kv_heads, rows, head_dim]` per slot.
+pub struct Caches {
+    slots: HashMap<usize, Slot>,
+    batch: usize,
+    rows: usize,
+}
+
+struct Slot {
+    shape: Cache,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl Caches {
+    /// Empty caches for `batch` requests of at most `rows` tokens each.
+    pub fn new(network: &Network, batch: usize, rows: usize) -> Caches {
+        let slot = |shape: Cache| {
+            let size = batch * shape.kv_heads * rows * shape.head_dim;
+            (shape.slot, Slot { shape, keys: vec![0.0; size], values: vec![0.0; size] })
+        };
+        Caches { slots: network.caches().into_iter().map(slot).collect(), batch, rows }
+    }
+}
+
+/// Sees each node's result as it is computed.
+pub type Tap<'t> = &'t mut dyn FnMut(&Node, &Array);
+
+/// A network with its weights in memory.
+pub struct Interpreter {
+    network: Network,
+    weights: HashMap<String, Arc<[f32]>>,
+    /// For each node the position of its last reader, after which its value is dropped.
+    last_use: Vec<usize>,
+}
+
+impl Interpreter {
+    /// Reads every weight once, tied ones shared.
+    ///
+    /// # Errors
+    /// The first weight that cannot be read or has the wrong size.
+    pub fn new(network: Network, source: &dyn Values) -> Result<Interpreter, InterpretError> {
+        let mut wanted: BTreeMap<String, (&Node, &Weight)> = BTreeMap::new();
+        for (node, weight) in network.weights() {
+            wanted.insert(weight.key(), (node, weight));
+        }
+        let weights = wanted
+            .into_par_iter()
+            .map(|(key, (node, weight))| {
+                let path = || node.path.clone();
+                let values = source.values(weight).map_err(|source| InterpretError::Weight { path: path(), source })?;
+                if values.len() != weight.count() {
+                    let (wanted, found) = (weight.count(), values.len());
+                    return Err(InterpretError::WeightSize { path: path(), wanted, found });
+                }
+                Ok((key, values.into()))
+            })
+            .collect::<Result<_, _>>()?;
+        let mut last_use: Vec<usize> = (0..network.nodes.len()).collect();
+        for (position, node) in network.nodes.iter().enumerate() {
+            for input in &node.inputs {
+                last_use[input.0] = position;
+            }
+        }
+        for (_, id) in &network.outputs {
+            last_use[id.0] = usize::MAX;
+        }
+        Ok(Interpreter { network, weights, last_use })
+    }
+
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// Runs the network once; caches are read and appended to in place.
+    ///
+    /// # Errors
+    /// An input that is missing or does not fit, or a node whose values do not (an id outside the table, a full cache).
+    pub fn run(
+        &self,
+        inputs: &BTreeMap<&str, Array>,
+        caches: &mut Caches,
+        mut tap: Option<Tap<'_>>,
+    ) -> Result<BTreeMap<String, Array>, InterpretError> {
+        let axes = self.bind(inputs)?;
+        let mut values: Vec<Option<Array>> = Vec::with_capacity(self.network.nodes.len());
+        for (position, node) in self.network.nodes.iter().enumerate() {
+            let value = match &node.op {
+                Op::Input => inputs.get(node.path.as_str()).cloned(),
+                _ => {
+                    let found = node.inputs.iter().map(|id| values[id.0].as_ref()).collect::<Option<Vec<&Array>>>();
+                    let found = found.ok_or_else(|| fail(node, "an input was dropped too early".into()))?;
+                    Some(self.node(node, &found, &axes, caches).map_err(|reason| fail(node, reason))?)
+                }
+            };
+            if let (Some(tap), Some(value)) = (&mut tap, &value) {
+                tap(node, value);
+            }
+            values.push(value);
+            for input in &node.inputs {
+                if self.last_use[input.0] == position {
+                    values[input.0] = None;
+                }
+            }
+        }
+        let output = |(name, id): &(String, NodeId)| values[id.0].clone().map(|value| (name.clone(), value));
+        Ok(self.network.outputs.iter().filter_map(output).collect())
+    }
+
+    /// Sizes of the named dimensions, taken from the inputs, which must agree.
+    fn bind(&self, inputs: &BTreeMap<&str, Array>) -> Result<HashMap<Axis, usize>, InterpretError> {
+        let mut axes = HashMap::new();
+        for node in self.network.inputs() {
+            let wrong =
+                |found: String| InterpretError::Input { name: node.path.clone(), wanted: node.ty.to_string(), found };
+            let array = inputs.get(node.path.as_str()).ok_or_else(|| wrong("nothing".into()))?;
+            let shape = &array.shape;
+            let fits = node.ty.shape.len() == shape.len()
+                && array.len() == shape.iter().product::<usize>()
+                && matches!((&array.data, node.ty.dtype), (Data::Int(_), DType::Int32) | (Data::Float(_), _))
+                && std::iter::zip(&node.ty.shape, shape).all(|(dim, &size)| match dim {
+                    Dim::Fixed(wanted) => *wanted == size,
+                    Dim::Named(axis) => *axes.entry(*axis).or_insert(size) == size,
+                });
+            if !fits {
+                return Err(wrong(format!("{shape:?} with {axes:?}")));
+            }
+        }
+        Ok(axes)
+    }
+
+    fn weight(&self, weight: &Weight) -> Result<&[f32], String> {
+        self.weights.get(&weight.key()).map(|values| &values[..]).ok_or_else(|| "its weight is not loaded".into())
+    }
+
+    fn node(
+        &self,
+        node: &Node,
+        inputs: &[&Array],
+        axes: &HashMap<Axis, usize>,
+        caches: &mut Caches,
+    ) -> Result<Array, String> {
+        let x = inputs[0];
+        match &node.op {
+            Op::Input => Err("an input is not computed".into()),
+            Op::Linear { weight, .. } => {
+                let shape = weight.shape();
+                kernels::linear(x, self.weight(weight)?, shape[0], shape[1])
+            }
+            Op::BiasAdd { weight } => kernels::bias_add(x, self.weight(weight)?),
+            Op::Norm { kind, weight, bias, epsilon } => {
+                let bias = bias.as_ref().map(|bias| self.weight(bias)).transpose()?;
+                kernels::norm(x, *kind, self.weight(weight)?, bias, *epsilon)
+            }
+            Op::Activation { kind } => kernels::activation(x, *kind),
+            Op::Binary { kind } => kernels::binary(x, inputs[1], *kind),
+            Op::Attention(attention) => match attention.cache {
+                None => attention::plain(attention, inputs),
+                Some(slot) => {
+                    let (batch, rows) = (caches.batch, caches.rows);
+                    let slot = caches.slots.get_mut(&slot).ok_or("its cache was not made")?;
+                    attention::cached(attention, inputs, slot, batch, rows)
+                }
+            },
+            Op::Conv { weight, stride } => kernels::conv(x, self.weight(weight)?, &weight.shape(), *stride),
+            Op::Embed { weight, .. } => kernels::embed(x, self.weight(weight)?, &weight.shape()),
+            Op::Splice { vocab } => kernels::splice(x, inputs[1], inputs[2], *vocab),
+            Op::Broadcast { weight } => kernels::broadcast(x, self.weight(weight)?, &weight.shape()),
+            Op::Concat { axis } => kernels::concat(inputs, *axis),
+            Op::Slice { axis, start, end } => kernels::slice(x, *axis, *start, *end),
+            Op::Reshape { shape } => {
+                let size = |dim: &Dim| match dim {
+                    Dim::Fixed(size) => Ok(*size),
+                    Dim::Named(axis) => axes.get(axis).copied().ok_or(format!("no input has axis {}", axis.name())),
+                };
+                let shape = shape.iter().map(size).collect::<Result<Vec<_>, _>>()?;
+                Ok(Array { shape, data: x.data.clone() })
+            }
+            Op::Transpose { permutation } => kernels::transpose(x, permutation),
+            Op::LastToken => kernels::last_token(x, inputs[1]),
+            Op::Cast { .. } => Ok(x.clone()),
+        }
+    }
+}
+
+fn fail(node: &Node, reason: String) -> InterpretError {
+    InterpretError::Node { path: node.path.clone(), reason }
+}
