@@ -1,4 +1,5 @@
 //! LLaVA against the goldens that transformers made: name coverage, parity, the text of one layer.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 use graphs::interpret::{Array, Caches, Interpreter, Values};
 use graphs::{Coverage, DType, Logits, Model, Network, Weight, cover};
 use safetensors::SafeTensors;
