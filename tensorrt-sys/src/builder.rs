@@ -1,0 +1,196 @@
+//! Building engines.
+use crate::abi::{Dims, Object, call, delete, word};
+use crate::network::Network;
+use crate::progress::{Listener, Monitor};
+use crate::slots::{builder, builder_config, host_memory, optimization_profile};
+use crate::stream::{BuildSummary, StreamWriter};
+use crate::{Error, Library, OptProfileSelector, ProfilingVerbosity, Result};
+use std::ffi::CString;
+use std::io::Write;
+use std::rc::Rc;
+
+/// TensorRT's builder object, shared with the networks made from it.
+pub(crate) struct BuilderObject {
+    pub(crate) library: &'static Library,
+    object: Object,
+}
+
+impl Drop for BuilderObject {
+    fn drop(&mut self) {
+        delete(self.object);
+    }
+}
+
+pub struct Builder {
+    inner: Rc<BuilderObject>,
+}
+
+/// The range of one input's shape, dimension by dimension.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShapeRange {
+    pub input: String,
+    pub min: Vec<i64>,
+    pub opt: Vec<i64>,
+    pub max: Vec<i64>,
+}
+
+/// What an engine is built for.
+#[derive(Clone, Debug, Default)]
+pub struct BuildOptions {
+    /// One list of ranges per optimization profile.
+    pub profiles: Vec<Vec<ShapeRange>>,
+    /// TensorRT-RTX: the GPUs that the engine is for, as compute capabilities (89 for sm89).
+    pub compute_capabilities: Vec<u32>,
+    /// Keep the builder's description of the layers.
+    pub describe: bool,
+}
+
+impl Builder {
+    /// # Errors
+    /// A library that cannot build here.
+    pub fn new(library: &'static Library) -> Result<Builder> {
+        let object = library.builder()?;
+        Ok(Builder { inner: Rc::new(BuilderObject { library, object }) })
+    }
+
+    /// An empty strongly typed network whose constants live for `'w`.
+    ///
+    /// # Errors
+    /// Where TensorRT gives none.
+    pub fn network<'w>(&self) -> Result<Network<'w>> {
+        let family = self.inner.library.family();
+        let flag = crate::NetworkDefinitionCreationFlag::StronglyTyped.value(family).unwrap_or(0);
+        let object =
+            call!(family, word(self.inner.object, 1), builder::CREATE_NETWORK_V2, (1u32 << flag => u32) -> Object)?;
+        if object.is_null() {
+            return Err(self.inner.library.refused());
+        }
+        Ok(Network::new(Rc::clone(&self.inner), object))
+    }
+
+    /// Builds the engine and writes it as it is made; `progress` may stop the build.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with TensorRT's messages, [`Error::Cancelled`], or a failing write.
+    pub fn build_to(
+        &self,
+        network: &Network<'_>,
+        options: &BuildOptions,
+        out: &mut dyn Write,
+        progress: &mut Listener<'_>,
+    ) -> Result<BuildSummary> {
+        let library = self.inner.library;
+        let family = library.family();
+        library.log.take_errors();
+        let config = Config::new(&self.inner, options)?;
+        let monitor = Monitor::new(progress);
+        let (implementation, monitor_object) = (word(config.0, 1), monitor.object());
+        call!(family, implementation, builder_config::SET_PROGRESS_MONITOR, (monitor_object => Object) -> ())?;
+        let mut writer = StreamWriter::new(out);
+        let this = word(self.inner.object, 1);
+        let (network, config) = (network.object(), config.0);
+        let built = if library.has(builder::BUILD_SERIALIZED_NETWORK_TO_STREAM) {
+            let stream = writer.object();
+            call!(family, this, builder::BUILD_SERIALIZED_NETWORK_TO_STREAM,
+                (network => Object, config => Object, stream => Object) -> bool)?
+        } else {
+            let memory = call!(family, this, builder::BUILD_SERIALIZED_NETWORK,
+                (network => Object, config => Object) -> Object)?;
+            let built = !memory.is_null();
+            if built {
+                let data = call!(family, word(memory, 1), host_memory::DATA, () -> *const u8)?;
+                let size = call!(family, word(memory, 1), host_memory::SIZE, () -> usize)?;
+                // SAFETY: the plan is `size` bytes at `data` until its owner is deleted below.
+                writer.write(unsafe { std::slice::from_raw_parts(data, size) });
+            }
+            delete(memory);
+            built
+        };
+        if monitor.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        let summary = writer.finish().map_err(Error::Write)?;
+        if built && summary.bytes > 0 { Ok(summary) } else { Err(library.refused()) }
+    }
+
+    /// The builder's description of the layers of the last engine built with [`BuildOptions::describe`].
+    pub fn take_description(&self) -> Option<String> {
+        self.inner.library.log.take_layers()
+    }
+}
+
+/// A builder config, deleted with its owner.
+struct Config(Object);
+
+impl Drop for Config {
+    fn drop(&mut self) {
+        delete(self.0);
+    }
+}
+
+impl Config {
+    fn new(inner: &BuilderObject, options: &BuildOptions) -> Result<Config> {
+        let library = inner.library;
+        let family = library.family();
+        let config = Config(call!(family, word(inner.object, 1), builder::CREATE_BUILDER_CONFIG, () -> Object)?);
+        let this = word(config.0, 1);
+        if options.describe {
+            let value = ProfilingVerbosity::Detailed.value(family).unwrap_or(0);
+            call!(family, this, builder_config::SET_PROFILING_VERBOSITY, (value => i32) -> ())?;
+        }
+        if !options.compute_capabilities.is_empty() {
+            let count = options.compute_capabilities.len() as i32;
+            let accepted = call!(family, this, builder_config::SET_NB_COMPUTE_CAPABILITIES, (count => i32) -> bool)?;
+            let mut all = accepted;
+            for (place, capability) in options.compute_capabilities.iter().enumerate() {
+                let (capability, place) = (*capability as i32, place as i32);
+                all &= call!(family, this, builder_config::SET_COMPUTE_CAPABILITY,
+                    (capability => i32, place => i32) -> bool)?;
+            }
+            if !all {
+                return Err(library.refused());
+            }
+        }
+        for ranges in &options.profiles {
+            let profile = call!(family, word(inner.object, 1), builder::CREATE_OPTIMIZATION_PROFILE, () -> Object)?;
+            let this_profile = word(profile, 1);
+            for range in ranges {
+                set_range(library, this_profile, range)?;
+            }
+            let index = call!(family, this, builder_config::ADD_OPTIMIZATION_PROFILE, (profile => Object) -> i32)?;
+            if index < 0 {
+                return Err(library.refused());
+            }
+        }
+        Ok(config)
+    }
+}
+
+fn set_range(library: &Library, profile: Object, range: &ShapeRange) -> Result<()> {
+    let family = library.family();
+    let name =
+        CString::new(range.input.as_str()).map_err(|_| Error::argument(&range.input, "the name holds a zero byte"))?;
+    let ordered = range.min.len() == range.opt.len()
+        && range.opt.len() == range.max.len()
+        && std::iter::zip(&range.min, &range.opt).all(|(min, opt)| 0 <= *min && min <= opt)
+        && std::iter::zip(&range.opt, &range.max).all(|(opt, max)| opt <= max);
+    if !ordered {
+        let reason = format!("the range {:?} .. {:?} .. {:?} is not ordered", range.min, range.opt, range.max);
+        return Err(Error::argument(&range.input, reason));
+    }
+    let selected = [
+        (OptProfileSelector::Min, &range.min),
+        (OptProfileSelector::Opt, &range.opt),
+        (OptProfileSelector::Max, &range.max),
+    ];
+    for (selector, sizes) in selected {
+        let dims = Dims::new(sizes).ok_or_else(|| Error::argument(&range.input, "more than 8 dimensions"))?;
+        let selector = selector.value(family).unwrap_or(0);
+        let accepted = call!(family, profile, optimization_profile::SET_DIMENSIONS,
+            (name.as_ptr() => *const std::ffi::c_char, selector => i32, &raw const dims => *const Dims) -> bool)?;
+        if !accepted {
+            return Err(library.refused());
+        }
+    }
+    Ok(())
+}
