@@ -1,4 +1,4 @@
-use super::header::HeaderFault;
+use super::fault::HeaderFault;
 use super::hub::HubError;
 use std::io;
 use std::path::PathBuf;

@@ -2,7 +2,10 @@
 //! Nothing in a checkpoint is run, and nothing outside its folder (or its entry of the hub's cache) is read.
 mod cache;
 mod containment;
+#[cfg(feature = "hub")]
+mod download;
 mod error;
+mod fault;
 mod header;
 mod hub;
 mod json;
@@ -11,7 +14,7 @@ mod weights;
 
 pub use cache::HubSettings;
 pub use error::CheckpointError;
-pub use header::HeaderFault;
+pub use fault::HeaderFault;
 pub use hub::{Download, HubError};
 pub use nearest::nearest;
 pub use weights::{TensorEntry, Weights, open_weights};

@@ -79,9 +79,6 @@ impl Weights {
         let index_path = folder.path().join(INDEX);
         let places = weight_map(&index_path, index)?;
         let shards: BTreeSet<&str> = places.values().copied().collect();
-        if let Some((name, reason)) = shards.iter().find_map(|name| Some((name, not_plain(name)?))) {
-            return Err(CheckpointError::UnsafeName { folder: folder.path().to_owned(), name: shown(name), reason });
-        }
         let mut weights = Weights::empty(folder, Some(watched));
         let (mut strangers, mut absent) = (Vec::new(), Vec::new());
         for shard in shards {
@@ -190,9 +187,13 @@ fn weight_map<'v>(path: &Path, index: &'v Value) -> Result<BTreeMap<&'v str, &'v
         None => return Err(wrong("`weight_map` is missing".into())),
     };
     map.iter()
-        .map(|(name, shard)| match shard.as_str() {
-            Some(shard) => Ok((name.as_str(), shard)),
-            None => Err(wrong(format!("the shard of `{}` is {}, wanted a file name", shown(name), json::kind(shard)))),
+        .map(|(name, shard)| {
+            let place = |fault: &str| wrong(format!("the shard of `{}` is {fault}", shown(name)));
+            let shard = shard.as_str().ok_or_else(|| place(&format!("{}, wanted a file name", json::kind(shard))))?;
+            match not_plain(shard) {
+                Some(reason) => Err(place(&format!("named `{}`, {reason}", shown(shard)))),
+                None => Ok((name.as_str(), shard)),
+            }
         })
         .collect()
 }
