@@ -1,4 +1,5 @@
 //! trtvlm compiles vision-language checkpoints into TensorRT engines.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
+pub mod checkpoint;
 pub mod engine_dir;
 pub mod processor;

@@ -1,0 +1,117 @@
+use super::fault::HeaderFault;
+use super::hub::HubError;
+use std::io;
+use std::path::PathBuf;
+
+/// Why a checkpoint cannot be opened or read. Sizes are in bytes.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    #[error("cannot read `{}`", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("`{model}` is neither a folder nor a hub id")]
+    NotFound { model: String },
+    #[error("`{}` is not a folder", path.display())]
+    NotAFolder { path: PathBuf },
+    #[error("`{}` is not a regular file", path.display())]
+    NotAFile { path: PathBuf },
+    #[error("`{}` is a link to `{}`, which does not exist", path.display(), target.display())]
+    DanglingLink { path: PathBuf, target: PathBuf },
+    #[error("`{}` leads to `{}`, outside of `{}`", path.display(), target.display(), root.display())]
+    Outside { path: PathBuf, target: PathBuf, root: PathBuf },
+    #[error("a file of `{}` is named `{name}`, {reason}", folder.display())]
+    UnsafeName { folder: PathBuf, name: String, reason: &'static str },
+    #[error("`{}` is missing", path.display())]
+    MissingFile { path: PathBuf },
+    #[error("`{}` is not valid JSON", path.display())]
+    Json { path: PathBuf, source: serde_json::Error },
+    #[error("`{}` holds {found}, wanted an object", path.display())]
+    NotAnObject { path: PathBuf, found: &'static str },
+    #[error("`{}` has {found} bytes, the limit for JSON is {wanted}", path.display())]
+    JsonSize { path: PathBuf, found: u64, wanted: u64 },
+    #[error("`{}` holds no weights: found neither `model.safetensors` nor `model.safetensors.index.json`", folder.display())]
+    NoWeights { folder: PathBuf },
+    #[error("`{}` holds {} safetensors files and no index: {}", folder.display(), names.len(), listed(names))]
+    ManyWeights { folder: PathBuf, names: Vec<String> },
+    #[error("the weights in `{}` are pickle files, which are not read yet: {}", folder.display(), listed(names))]
+    Pickle { folder: PathBuf, names: Vec<String> },
+    #[error("`{}`: {fault}", path.display())]
+    Index { path: PathBuf, fault: String },
+    #[error("`{}` names shards that are missing: {}", index.display(), listed(shards))]
+    MissingShards { index: PathBuf, shards: Vec<String> },
+    #[error("`{}` places tensor `{tensor}` in `{shard}`, which does not hold it{}", index.display(), and_more(*more))]
+    NotInShard { index: PathBuf, tensor: String, shard: String, more: usize },
+    #[error("`{}` holds tensor `{tensor}`, which the index {}{}", file.display(), placed_text(placed), and_more(*more))]
+    NotInIndex { file: PathBuf, tensor: String, placed: Option<String>, more: usize },
+    #[error("`{}`: {fault}", file.display())]
+    Header { file: PathBuf, fault: HeaderFault },
+    #[error("`{}` has no tensor `{tensor}`", folder.display())]
+    NoTensor { folder: PathBuf, tensor: String, nearest: Option<String> },
+    #[error("bytes {begin}..{end} of tensor `{tensor}` in `{}` were asked for, it has {found}", file.display())]
+    Range { file: PathBuf, tensor: String, begin: u64, end: u128, found: u64 },
+    #[error("cannot read {wanted} bytes at byte {offset} of `{}`, tensor `{tensor}`", file.display())]
+    Read { file: PathBuf, tensor: String, offset: u64, wanted: usize, source: io::Error },
+    #[error("`{}` was changed since it was opened: {what}", path.display())]
+    Changed { path: PathBuf, what: String },
+    #[error(transparent)]
+    Hub(#[from] HubError),
+}
+
+impl CheckpointError {
+    /// What the user can do about it, where that is clear.
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            CheckpointError::NotFound { .. } => "give a folder, or a hub id as `org/name` or `org/name@revision`",
+            CheckpointError::NotAFolder { .. } => "give the folder that holds config.json and the safetensors files",
+            CheckpointError::DanglingLink { .. } | CheckpointError::MissingShards { .. } => {
+                "the download is incomplete: run it again"
+            }
+            CheckpointError::Outside { .. } => {
+                "put the file itself into the folder: links may lead only inside it, or inside its hub cache entry"
+            }
+            CheckpointError::MissingFile { path } if path.ends_with("config.json") => {
+                "give the folder that holds config.json and the safetensors files"
+            }
+            CheckpointError::ManyWeights { names, .. } if names.iter().any(|name| name.contains("-of-")) => {
+                "fetch `model.safetensors.index.json`, which says which tensor lies in which of them"
+            }
+            CheckpointError::ManyWeights { .. } => "name the one to be read `model.safetensors`",
+            CheckpointError::Pickle { .. } => {
+                "convert them to safetensors: load the model with transformers and call `save_pretrained(folder)`"
+            }
+            CheckpointError::NotInShard { .. } | CheckpointError::NotInIndex { .. } => {
+                "index and shards are of different versions: fetch all of them again"
+            }
+            CheckpointError::Changed { .. } => "build again, while nothing writes to the checkpoint",
+            CheckpointError::Header { fault, .. } => return fault.hint(),
+            CheckpointError::NoTensor { nearest, .. } => {
+                return nearest.as_ref().map(|name| format!("did you mean `{name}`?"));
+            }
+            CheckpointError::Hub(error) => return error.hint(),
+            _ => return None,
+        };
+        Some(hint.to_owned())
+    }
+}
+
+fn listed(names: &[String]) -> String {
+    let shown: Vec<String> = names.iter().take(5).map(|name| format!("`{name}`")).collect();
+    match names.len().saturating_sub(shown.len()) {
+        0 => shown.join(", "),
+        rest => format!("{} and {rest} more", shown.join(", ")),
+    }
+}
+
+fn and_more(more: usize) -> String {
+    match more {
+        0 => String::new(),
+        more => format!(" (and {more} more)"),
+    }
+}
+
+fn placed_text(placed: &Option<String>) -> String {
+    match placed {
+        Some(shard) => format!("places in `{shard}`"),
+        None => "does not list".to_owned(),
+    }
+}

@@ -1,0 +1,143 @@
+//! Checkpoints of Hugging Face: opened by their headers, tensors read by position when they are needed.
+//! Nothing in a checkpoint is run, and nothing outside its folder (or its entry of the hub's cache) is read.
+mod cache;
+mod containment;
+#[cfg(feature = "hub")]
+mod download;
+mod error;
+mod fault;
+mod header;
+mod hub;
+mod json;
+mod nearest;
+mod weights;
+
+pub use cache::HubSettings;
+pub use error::CheckpointError;
+pub use fault::HeaderFault;
+pub use hub::{Download, HubError};
+pub use nearest::nearest;
+pub use weights::{TensorEntry, Weights, open_weights};
+
+use containment::Folder;
+use serde_json::Value;
+use std::path::Path;
+use weights::Watched;
+
+/// More than any tokenizer.json, and little enough to be held in memory.
+const MAX_JSON: u64 = 100_000_000;
+
+/// How a checkpoint is found.
+#[derive(Default)]
+pub struct Options<'a> {
+    pub hub: HubSettings,
+    /// Called while files are fetched, once for each piece of a file that has arrived.
+    pub progress: Option<&'a dyn Fn(Download<'_>)>,
+}
+
+/// An open checkpoint: its config, and handles on its weight files.
+#[derive(Debug)]
+pub struct Checkpoint {
+    folder: Folder,
+    config: Value,
+    config_file: Watched,
+    weights: Weights,
+}
+
+impl Checkpoint {
+    /// Opens a folder, or a model of the hub by its id: `org/name`, `org/name@revision`, `hf://org/name@revision`.
+    /// A path that exists wins over an id; a model in the local cache is not looked for on the hub.
+    pub fn open(model: &str, options: &Options<'_>) -> Result<Checkpoint, CheckpointError> {
+        let id = match model.strip_prefix("hf://") {
+            Some(id) => id,
+            None if Path::new(model).exists() => return Self::open_folder(Path::new(model)),
+            None => model,
+        };
+        match cache::HubId::parse(id) {
+            Some(id) => Self::open_folder(&hub::snapshot(&id, options)?),
+            None => Err(CheckpointError::NotFound { model: model.to_owned() }),
+        }
+    }
+
+    /// Opens a folder with config.json and safetensors files; reads headers only.
+    pub fn open_folder(path: &Path) -> Result<Checkpoint, CheckpointError> {
+        let folder = Folder::open(path)?;
+        let Some((config, config_file)) = read_json(&folder, "config.json")? else {
+            return Err(CheckpointError::MissingFile { path: path.join("config.json") });
+        };
+        if !config.is_object() {
+            let found = json::kind(&config);
+            return Err(CheckpointError::NotAnObject { path: path.join("config.json"), found });
+        }
+        let weights = Weights::open(&folder)?;
+        Ok(Checkpoint { folder, config, config_file, weights })
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The contents of config.json, always an object.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// Another JSON file of the folder, such as `generation_config.json`; `None` where there is none.
+    pub fn json(&self, file_name: &str) -> Result<Option<Value>, CheckpointError> {
+        Ok(read_json(&self.folder, file_name)?.map(|(value, _)| value))
+    }
+
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
+        self.weights.tensor(name)
+    }
+
+    /// All tensors, sorted by name.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &TensorEntry)> {
+        self.weights.tensors()
+    }
+
+    /// Fills `buffer` with the bytes of a tensor from `offset_in_tensor` on. Threads may read at the same time.
+    pub fn read_into(&self, name: &str, offset_in_tensor: u64, buffer: &mut [u8]) -> Result<(), CheckpointError> {
+        self.weights.read_into(name, offset_in_tensor, buffer)
+    }
+
+    /// Checks that config and weights still are the files that were opened; meant for the end of a build.
+    pub fn unchanged(&self) -> Result<(), CheckpointError> {
+        self.config_file.unchanged()?;
+        self.weights.unchanged()
+    }
+
+    /// Things worth telling the user, one sentence each: code in the checkpoint, which is never run.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if self.config.get("auto_map").is_some() {
+            warnings.push("config.json asks for code of its own (`auto_map`), which is never run".to_owned());
+        }
+        if let Ok(scripts) = self.folder.names(|name| name.ends_with(".py")) {
+            warnings.extend(scripts.iter().map(|name| format!("`{name}` is never run")));
+        }
+        warnings
+    }
+}
+
+fn read_json(folder: &Folder, name: &str) -> Result<Option<(Value, Watched)>, CheckpointError> {
+    use std::io::Read;
+    let Some(file) = folder.file(name)? else { return Ok(None) };
+    let path = folder.path().join(name);
+    let watched = Watched::new(path.clone(), &file)?;
+    if watched.bytes() > MAX_JSON {
+        return Err(CheckpointError::JsonSize { path, found: watched.bytes(), wanted: MAX_JSON });
+    }
+    let mut bytes = Vec::new();
+    if let Err(source) = file.take(MAX_JSON).read_to_end(&mut bytes) {
+        return Err(CheckpointError::Io { path, source });
+    }
+    match json::parse(&bytes) {
+        Ok(value) => Ok(Some((value, watched))),
+        Err(source) => Err(CheckpointError::Json { path, source }),
+    }
+}
