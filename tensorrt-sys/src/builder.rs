@@ -2,10 +2,10 @@
 use crate::abi::{Dims, Object, call, delete, word};
 use crate::network::Network;
 use crate::progress::{Listener, Monitor};
-use crate::slots::{builder, builder_config, host_memory, optimization_profile};
+use crate::slots::{builder, builder_config, host_memory, network_definition, optimization_profile};
 use crate::stream::{BuildSummary, StreamWriter};
 use crate::{Error, Library, OptProfileSelector, ProfilingVerbosity, Result};
-use std::ffi::CString;
+use std::ffi::{CString, c_char};
 use std::io::Write;
 use std::rc::Rc;
 
@@ -57,7 +57,7 @@ impl Builder {
     ///
     /// # Errors
     /// Where TensorRT gives none.
-    pub fn network<'w>(&self) -> Result<Network<'w>> {
+    pub fn network<'w>(&self, name: &str) -> Result<Network<'w>> {
         let family = self.inner.library.family();
         let flag = crate::NetworkDefinitionCreationFlag::StronglyTyped.value(family).unwrap_or(0);
         let object =
@@ -65,7 +65,11 @@ impl Builder {
         if object.is_null() {
             return Err(self.inner.library.refused());
         }
-        Ok(Network::new(Rc::clone(&self.inner), object))
+        let network = Network::new(Rc::clone(&self.inner), object);
+        // The name goes into the plan; left alone it would count the networks of this process.
+        let text = Network::text(name)?;
+        call!(family, network.this(), network_definition::SET_NAME, (text.as_ptr() => *const c_char) -> ())?;
+        Ok(network)
     }
 
     /// Builds the engine and writes it as it is made; `progress` may stop the build.
@@ -187,7 +191,7 @@ fn set_range(library: &Library, profile: Object, range: &ShapeRange) -> Result<(
         let dims = Dims::new(sizes).ok_or_else(|| Error::argument(&range.input, "more than 8 dimensions"))?;
         let selector = selector.value(family).unwrap_or(0);
         let accepted = call!(family, profile, optimization_profile::SET_DIMENSIONS,
-            (name.as_ptr() => *const std::ffi::c_char, selector => i32, &raw const dims => *const Dims) -> bool)?;
+            (name.as_ptr() => *const c_char, selector => i32, &raw const dims => *const Dims) -> bool)?;
         if !accepted {
             return Err(library.refused());
         }

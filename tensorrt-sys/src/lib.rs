@@ -10,7 +10,7 @@
 //! let library = Library::open("libtensorrt_rtx.so.1".as_ref())?;
 //! let builder = Builder::new(library)?;
 //! let one = 1.0f32.to_le_bytes();
-//! let network = builder.network()?;
+//! let network = builder.network("test")?;
 //! let x = network.input("x", DataType::Float, &[8, 1])?;
 //! let y = network.elementwise("y", x, network.constant("one", DataType::Float, &[1, 1], &one)?, ElementWiseOperation::Sum)?;
 //! network.mark_output("y", y)?;
@@ -23,7 +23,7 @@
 //! ```compile_fail
 //! # use tensorrt_sys::{Builder, DataType, Network};
 //! # fn network(builder: &Builder) -> tensorrt_sys::Result<()> {
-//! let network = builder.network()?;
+//! let network = builder.network("test")?;
 //! let bytes = vec![0; 4];
 //! network.constant("c", DataType::Float, &[1], &bytes)?;
 //! drop(bytes);
@@ -41,6 +41,7 @@ mod library;
 mod log;
 mod mapped;
 mod network;
+mod process;
 mod progress;
 mod slots;
 mod stream;
@@ -55,5 +56,6 @@ pub use library::{Family, Library};
 pub use log::Severity;
 pub use mapped::MappedFile;
 pub use network::{Network, Tensor};
+pub use process::steady;
 pub use progress::Progress;
 pub use stream::BuildSummary;

@@ -94,25 +94,22 @@ fn build(
     out: &mut dyn std::io::Write,
 ) -> tensorrt_sys::Result<BuildSummary> {
     let bytes = bytes();
-    let network = builder.network()?;
+    let network = builder.network("test")?;
     write(&network, DataType::Half)?;
     linear(&network, &bytes)?;
     builder.build_to(&network, options, out, &mut |_| ControlFlow::Continue(()))
 }
 
 #[test]
-fn builds_the_same_plan_twice() {
+fn writes_the_plan_and_hashes_it() {
     use sha2::Digest;
     let _alone = alone();
-    let builder = Builder::new(library()).unwrap();
-    let (mut first, mut second) = (Vec::new(), Vec::new());
-    let summary = build(&builder, &options(), &mut first).unwrap();
-    assert_eq!(build(&builder, &options(), &mut second).unwrap(), summary);
-    assert!(first == second, "the plans differ");
-    assert_eq!(summary.bytes, first.len() as u64);
-    let hash: String = sha2::Sha256::digest(&first).iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut plan = Vec::new();
+    let summary = build(&Builder::new(library()).unwrap(), &options(), &mut plan).unwrap();
+    assert_eq!(summary.bytes, plan.len() as u64);
+    let hash: String = sha2::Sha256::digest(&plan).iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(summary.sha256, hash);
-    let text = String::from_utf8_lossy(&first);
+    let text = String::from_utf8_lossy(&plan);
     assert!(text.contains("accelerators={sm89 sm120 }"), "the plan names its GPUs");
 }
 
@@ -133,7 +130,7 @@ fn says_which_layer_does_not_fit() {
     let _alone = alone();
     assert_eq!(library().family(), Family::Rtx);
     let builder = Builder::new(library()).unwrap();
-    let network = builder.network().unwrap();
+    let network = builder.network("test").unwrap();
     let a = network.input("a", DataType::Half, &[2, 3]).unwrap();
     let b = network.input("b", DataType::Half, &[4, 5]).unwrap();
     let error = network
@@ -161,7 +158,7 @@ fn stops_when_told_to() {
     let _alone = alone();
     let builder = Builder::new(library()).unwrap();
     let bytes = bytes();
-    let network = builder.network().unwrap();
+    let network = builder.network("test").unwrap();
     write(&network, DataType::Half).unwrap();
     linear(&network, &bytes).unwrap();
     let mut steps = 0;
