@@ -1,5 +1,7 @@
 //! trtvlm compiles vision-language checkpoints into TensorRT engines.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
+pub mod builder;
 pub mod checkpoint;
 pub mod engine_dir;
+pub mod lower;
 pub mod processor;

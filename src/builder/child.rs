@@ -1,0 +1,110 @@
+//! The child's side: one engine, then the end.
+use super::{ChildMessage, EngineSpec, MARK};
+use crate::lower::{self, Constants, LowerError};
+use graphs::GraphError;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use tensorrt_sys as trt;
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+enum ChildError {
+    #[error("cannot use `{path}`")]
+    File { path: PathBuf, source: std::io::Error },
+    #[error("cannot read `{path}`")]
+    Spec { path: PathBuf, source: serde_json::Error },
+    #[error("the network is damaged")]
+    Graph(#[from] GraphError),
+    #[error("TensorRT refused the network")]
+    Lower(#[from] LowerError),
+    #[error("TensorRT could not build the engine")]
+    TensorRt(#[from] trt::Error),
+}
+
+/// Builds the engine of a spec file and tells the parent, line by line on standard output, how it goes.
+/// Gives whether it went well.
+pub fn build_engine(spec: &Path) -> bool {
+    // A parent that closes the pipe is gone, and then so is this process soon.
+    let say = |message: &ChildMessage| {
+        if let Ok(text) = serde_json::to_string(message) {
+            let _ = writeln!(std::io::stdout(), "{MARK}{text}");
+        }
+    };
+    let built = trt::steady()
+        .map_err(|source| ChildError::File { path: "/proc/self/exe".into(), source })
+        .and_then(|()| build(spec, &say));
+    match built {
+        Ok(done) => {
+            say(&done);
+            true
+        }
+        Err(error) => {
+            say(&failed(&error));
+            false
+        }
+    }
+}
+
+fn build(spec: &Path, say: &dyn Fn(&ChildMessage)) -> Result<ChildMessage, ChildError> {
+    let start = Instant::now();
+    let file = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| ChildError::File { path, source }
+    };
+    let text = std::fs::read(spec).map_err(file(spec))?;
+    let spec: EngineSpec =
+        serde_json::from_slice(&text).map_err(|source| ChildError::Spec { path: spec.into(), source })?;
+    let network = graphs::parse(&std::fs::read_to_string(&spec.network).map_err(file(&spec.network))?)?;
+    graphs::verify(&network)?;
+    let library = trt::Library::open(&spec.library)?;
+    library.on_log(|severity, text| {
+        if severity <= trt::Severity::Warning {
+            let _ = writeln!(std::io::stderr(), "{}", text.trim());
+        }
+    });
+    let builder = trt::Builder::new(library)?;
+    let constants = Constants::open(spec.constants).map_err(LowerError::from)?;
+    let target = builder.network(&spec.name)?;
+    lower::lower(&network, &target, &constants, spec.sizes)?;
+    let options = trt::BuildOptions {
+        profiles: lower::profiles(&network, &spec.sizes),
+        compute_capabilities: spec.gpus,
+        describe: false,
+    };
+    let mut out = BufWriter::new(File::create(&spec.engine).map_err(file(&spec.engine))?);
+    let summary = builder.build_to(&target, &options, &mut out, &mut |trt::Progress { phase, step, steps }| {
+        say(&ChildMessage::Progress { phase, step, steps });
+        ControlFlow::Continue(())
+    })?;
+    out.into_inner().map_err(|error| file(&spec.engine)(error.into_error()))?;
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(ChildMessage::Done { bytes: summary.bytes, sha256: summary.sha256, library: library.name(), seconds })
+}
+
+fn failed(error: &ChildError) -> ChildMessage {
+    let mut causes = Vec::new();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        let text = cause.to_string();
+        if causes.last() != Some(&text) {
+            causes.push(text);
+        }
+        source = cause.source();
+    }
+    // TensorRT's log often holds more than the first message, which is the cause's text already.
+    let refused = match error {
+        ChildError::TensorRt(error) | ChildError::Lower(LowerError::Layer { source: error, .. }) => Some(error),
+        _ => None,
+    };
+    if let Some(trt::Error::Refused { messages }) = refused {
+        causes.extend(messages.iter().skip(1).cloned());
+    }
+    let hint = match error {
+        ChildError::TensorRt(error) => error.hint(),
+        _ => None,
+    };
+    ChildMessage::Failed { message: error.to_string(), causes, hint }
+}

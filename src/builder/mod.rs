@@ -1,0 +1,78 @@
+//! Engines are built in child processes: a crash inside TensorRT becomes an error, and memory is given back.
+mod child;
+mod supervise;
+
+pub use child::build_engine;
+pub use supervise::{BuildEvent, BuildFailure, Supervisor};
+
+use crate::engine_dir::Sizes;
+use graphs::DType;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Everything a child process needs to build one engine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EngineSpec {
+    /// Name of the sub-network, for messages.
+    pub name: String,
+    /// The network as text.
+    pub network: PathBuf,
+    pub library: PathBuf,
+    /// Compute capabilities, 89 for sm89; empty for the GPU at hand.
+    pub gpus: Vec<u32>,
+    pub sizes: Sizes,
+    /// Where the bytes of each weight lie, by `Weight::key` (and `KEY.scale`).
+    pub constants: BTreeMap<String, ConstantPlace>,
+    /// The engine to write.
+    pub engine: PathBuf,
+}
+
+/// Bytes of one tensor in a file that the child maps.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConstantPlace {
+    pub file: PathBuf,
+    pub offset: u64,
+    pub bytes: u64,
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+}
+
+/// Lines that a child writes to its standard output start with this; whatever else appears there is TensorRT's own
+/// and goes to the log.
+pub const MARK: &str = "@trtvlm ";
+
+/// What a child tells its parent, one JSON line each.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChildMessage {
+    /// TensorRT reached a step of its outermost phase.
+    Progress {
+        phase: String,
+        step: u32,
+        steps: u32,
+    },
+    Done {
+        bytes: u64,
+        sha256: String,
+        library: String,
+        seconds: f64,
+        peak_memory_bytes: u64,
+    },
+    Failed {
+        message: String,
+        causes: Vec<String>,
+        hint: Option<String>,
+    },
+}
+
+/// An engine that a child wrote.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BuiltEngine {
+    pub bytes: u64,
+    pub sha256: String,
+    pub library: String,
+    pub seconds: f64,
+    /// The most memory that the child had for itself, without the files that it maps; sampled five times a second.
+    pub peak_own_bytes: u64,
+}

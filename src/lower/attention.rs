@@ -1,0 +1,130 @@
+//! Attention by TensorRT-RTX's native layers: rotary embedding, cache update in place, fused attention.
+use super::{LowerError, Lowering, data_type};
+use graphs::{Attention, DType, Mask, Node, Rope};
+use tensorrt_sys as trt;
+use trt::{AttentionOptions, CausalMaskKind, ElementWiseOperation};
+
+type Value<'n> = Result<trt::Tensor<'n>, LowerError>;
+
+/// Names of a cache's tensors: the input, and the output that is bound to the same memory.
+pub(crate) fn cache_names(kind: &str, slot: usize) -> [String; 2] {
+    [format!("past_{kind}_{slot}"), format!("present_{kind}_{slot}")]
+}
+
+impl<'n> Lowering<'_, 'n, '_> {
+    pub(super) fn attention(&mut self, node: &Node, attention: &Attention) -> Value<'n> {
+        let refused = || Self::refused(node);
+        let name = |part: &str| format!("{}/{part}", node.path);
+        let Attention { heads, kv_heads, head_dim, .. } = *attention;
+        let split = |part: &str, place: usize, heads: usize| {
+            let sizes = [0, 0, heads as i64, head_dim as i64];
+            let x = self.value(node.inputs[place]);
+            self.target.reshape_transpose(&name(part), x, &sizes, &[0, 2, 1, 3]).map_err(refused())
+        };
+        let mut query = split("query", 0, heads)?;
+        let mut key = split("key", 1, kv_heads)?;
+        let mut value = split("value", 2, kv_heads)?;
+        if let Some(rope) = &attention.rope {
+            let positions = self.value(node.inputs[3]);
+            query = self.rotate(node, "query", query, positions, rope, head_dim)?;
+            key = self.rotate(node, "key", key, positions, rope, head_dim)?;
+        }
+        // The native layer applies no scale.
+        let scale = self.number(&name("scale"), attention.scale, self.network.dtype, 4)?;
+        query = self.target.elementwise(&name("scaled"), query, scale, ElementWiseOperation::Prod).map_err(refused())?;
+        let mut options = AttentionOptions { causal: CausalMaskKind::None, mask: None, key_value_lengths: None };
+        match (attention.cache, &node.inputs[3 + usize::from(attention.rope.is_some())..]) {
+            (Some(slot), &[past, sequence]) => {
+                let past = self.value(past);
+                let update = |kind, tensor| self.update_cache(node, attention, kind, slot, tensor, past);
+                (key, value) = (update("key", key)?, update("value", value)?);
+                options.key_value_lengths = Some(self.value(sequence));
+                if attention.mask == Mask::Causal {
+                    options.mask = Some(self.cache_mask(node, past)?);
+                }
+            }
+            _ if attention.mask == Mask::Causal => options.causal = CausalMaskKind::UpperLeft,
+            _ => {}
+        }
+        let mixed = self.target.attention(&node.path, query, key, value, options).map_err(refused())?;
+        let turned = self.target.transpose(&name("by_token"), mixed, &[0, 2, 1, 3]).map_err(refused())?;
+        let width = (heads * head_dim) as i64;
+        self.target.reshape(&name("joined"), turned, &[0, 0, width]).map_err(refused())
+    }
+
+    fn rotate(
+        &self,
+        node: &Node,
+        part: &str,
+        x: trt::Tensor<'n>,
+        positions: trt::Tensor<'n>,
+        rope: &Rope,
+        head_dim: usize,
+    ) -> Value<'n> {
+        let (dtype, rows) = (self.network.dtype, self.sizes.max_seq_len);
+        let frequencies = rope.frequencies(head_dim);
+        let table = |kind: &str, function: fn(f32) -> f32| -> Value<'n> {
+            let angles = (0..rows).flat_map(|row| frequencies.iter().map(move |frequency| row as f32 * frequency));
+            let values: Vec<f32> = angles.map(function).collect();
+            let sizes = [rows as i64, head_dim as i64 / 2];
+            let name = format!("{}/{part}/{kind}", node.path);
+            Ok(self.target.constant(&name, data_type(dtype), &sizes, self.constants.floats(dtype, &values))?)
+        };
+        let (cosine, sine) = (table("cosine", f32::cos)?, table("sine", f32::sin)?);
+        let name = format!("{}/{part}/rotated", node.path);
+        self.target.rotary_embedding(&name, x, cosine, sine, positions).map_err(Self::refused(node))
+    }
+
+    /// Appends to a cache, which is an input and an output of the network.
+    fn update_cache(
+        &self,
+        node: &Node,
+        attention: &Attention,
+        kind: &str,
+        slot: usize,
+        update: trt::Tensor<'n>,
+        past: trt::Tensor<'n>,
+    ) -> Value<'n> {
+        let [input, output] = cache_names(kind, slot);
+        let sizes = [-1, attention.kv_heads as i64, self.sizes.max_seq_len as i64, attention.head_dim as i64];
+        let refused = || Self::refused(node);
+        let cache = self.target.input(&input, data_type(self.network.dtype), &sizes).map_err(refused())?;
+        let name = format!("{}/{kind}/cached", node.path);
+        let present = self.target.kv_cache_update(&name, cache, update, past).map_err(refused())?;
+        self.target.mark_output(&output, present).map_err(refused())?;
+        Ok(present)
+    }
+
+    /// 0 where cache row r <= past + i for new token i, else the lowest number: `[batch, 1, tokens, rows]`. One for all
+    /// layers. The native causal masks align to the cache's end, not to each request's own length.
+    fn cache_mask(&mut self, node: &Node, past: trt::Tensor<'n>) -> Value<'n> {
+        if let Some(mask) = self.mask {
+            return Ok(mask);
+        }
+        let refused = || Self::refused(node);
+        let rows = self.sizes.max_seq_len;
+        let shape = self.target.shape_of("mask/shape", self.value(node.inputs[0])).map_err(refused())?;
+        let tokens = self.target.slice("mask/tokens", shape, 0, 1, 1).map_err(refused())?;
+        let start = self.integers("mask/start", &[0], &[])?;
+        let step = self.integers("mask/step", &[1], &[1])?;
+        let index = self.target.range("mask/index", tokens, start, step).map_err(refused())?;
+        let index = self.target.reshape("mask/index4", index, &[1, 1, -1, 1]).map_err(refused())?;
+        let past = self.target.reshape("mask/past4", past, &[-1, 1, 1, 1]).map_err(refused())?;
+        let elementwise = |name, a, b, kind| self.target.elementwise(name, a, b, kind).map_err(refused());
+        let last = elementwise("mask/last", past, index, ElementWiseOperation::Sum)?;
+        let numbers: Vec<i32> = (0..rows as i32).collect();
+        let row = self.integers("mask/row", &numbers, &[1, 1, 1, rows as i64])?;
+        let hidden = elementwise("mask/hidden", row, last, ElementWiseOperation::Greater)?;
+        let dtype = self.network.dtype;
+        let lowest = match dtype {
+            DType::Float16 => -65504.0,
+            DType::Bfloat16 => -3.38e38,
+            _ => f32::MIN,
+        };
+        let lowest = self.number("mask/lowest", lowest, dtype, 4)?;
+        let zero = self.number("mask/zero", 0.0, dtype, 4)?;
+        let mask = self.target.select("mask", hidden, lowest, zero).map_err(refused())?;
+        self.mask = Some(mask);
+        Ok(mask)
+    }
+}

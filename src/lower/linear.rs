@@ -1,0 +1,42 @@
+//! Matrix products, plain and quantized: the one place where a weight format meets TensorRT.
+use super::layers::padded;
+use super::{LowerError, Lowering, data_type};
+use graphs::{Format, Node, Weight};
+use tensorrt_sys as trt;
+use trt::MatrixOperation;
+
+impl<'n> Lowering<'_, 'n, '_> {
+    pub(super) fn linear(&self, node: &Node, weight: &Weight) -> Result<trt::Tensor<'n>, LowerError> {
+        let (x, rank) = (self.value(node.inputs[0]), self.rank(node));
+        let (matrix, operation) = match weight.format() {
+            // As in the checkpoint, [out, in].
+            None => (self.weight(weight, rank)?, MatrixOperation::Transpose),
+            // Stored [in, out]; the builder fuses the dequantization into the product.
+            Some(format) => (self.dequantized(node, weight, format, rank)?, MatrixOperation::None),
+        };
+        self.target
+            .matrix_multiply(&node.path, (x, MatrixOperation::None), (matrix, operation))
+            .map_err(Self::refused(node))
+    }
+
+    fn dequantized(
+        &self,
+        node: &Node,
+        weight: &Weight,
+        format: Format,
+        rank: usize,
+    ) -> Result<trt::Tensor<'n>, LowerError> {
+        let values = self.weight(weight, rank)?;
+        let key = format!("{}.scale", weight.key());
+        let scale = self.constants.get(&key)?;
+        let (sizes, axis) = match format {
+            // One scale per output, the last axis.
+            Format::Int8 => (padded(scale.shape, 1), Some(rank - 1)),
+            // Blocks along the inputs, told by the scales' shape.
+            Format::Int4 { .. } => (padded(scale.shape, rank), None),
+        };
+        let scales = self.target.constant(&key, data_type(scale.dtype), &sizes, scale.bytes)?;
+        let name = format!("{}/dequantize", node.path);
+        self.target.dequantize(&name, values, scales, axis, data_type(self.network.dtype)).map_err(Self::refused(node))
+    }
+}

@@ -1,0 +1,136 @@
+//! From a network to TensorRT's: one function per op group, named after the node it comes from.
+mod attention;
+mod constants;
+mod layers;
+mod linear;
+mod profiles;
+
+pub use constants::{ConstantError, Constants};
+pub use profiles::profiles;
+
+use crate::engine_dir::Sizes;
+use graphs::{DType, Dim, Network, Node, NodeId, Op, Type};
+use tensorrt_sys as trt;
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum LowerError {
+    #[error("layer `{path}`")]
+    Layer { path: String, source: trt::Error },
+    #[error("layer `{path}`: {reason}")]
+    Unsupported { path: String, reason: String },
+    #[error(transparent)]
+    Constant(#[from] ConstantError),
+    #[error(transparent)]
+    TensorRt(#[from] trt::Error),
+}
+
+/// A network being written into TensorRT's. `'n` is the TensorRT network's lifetime, `'w` that of the mapped weights.
+struct Lowering<'l, 'n, 'w> {
+    network: &'l Network,
+    target: &'n trt::Network<'w>,
+    constants: &'w Constants,
+    sizes: Sizes,
+    values: Vec<trt::Tensor<'n>>,
+    /// Additive mask `[batch, 1, tokens, rows]` of cached attention, the same in every layer.
+    mask: Option<trt::Tensor<'n>>,
+}
+
+/// Writes all nodes and marks the outputs.
+///
+/// # Errors
+/// The first layer that TensorRT refuses, by its path.
+pub fn lower<'n, 'w>(
+    network: &Network,
+    target: &'n trt::Network<'w>,
+    constants: &'w Constants,
+    sizes: Sizes,
+) -> Result<(), LowerError> {
+    let values = Vec::with_capacity(network.nodes.len());
+    let mut lowering = Lowering { network, target, constants, sizes, values, mask: None };
+    for node in &network.nodes {
+        let value = lowering.node(node)?;
+        lowering.values.push(value);
+    }
+    for (name, id) in &network.outputs {
+        let value = target.identity(name, lowering.value(*id))?;
+        target.mark_output(name, value)?;
+    }
+    Ok(())
+}
+
+/// TensorRT's name of an element type.
+pub(crate) fn data_type(dtype: DType) -> trt::DataType {
+    match dtype {
+        DType::Float32 => trt::DataType::Float,
+        DType::Float16 => trt::DataType::Half,
+        DType::Bfloat16 => trt::DataType::Bf16,
+        DType::Int32 => trt::DataType::Int32,
+        DType::Int64 => trt::DataType::Int64,
+        DType::Int8 => trt::DataType::Int8,
+        DType::Uint8 => trt::DataType::Uint8,
+        DType::Int4 => trt::DataType::Int4,
+        DType::Bool => trt::DataType::Bool,
+    }
+}
+
+/// Dimensions with -1 for the named ones.
+fn dims(ty: &Type) -> Vec<i64> {
+    ty.shape.iter().map(|dim| dim.fixed().map_or(-1, |size| size as i64)).collect()
+}
+
+impl<'n> Lowering<'_, 'n, '_> {
+    fn value(&self, id: NodeId) -> trt::Tensor<'n> {
+        self.values[id.0]
+    }
+
+    fn ty(&self, id: NodeId) -> &Type {
+        &self.network.nodes[id.0].ty
+    }
+
+    fn node(&mut self, node: &Node) -> Result<trt::Tensor<'n>, LowerError> {
+        let layer = |source| LowerError::Layer { path: node.path.clone(), source };
+        let path = node.path.as_str();
+        let input = |place: usize| self.values[node.inputs[place].0];
+        match &node.op {
+            Op::Input => self.target.input(path, data_type(node.ty.dtype), &dims(&node.ty)).map_err(layer),
+            Op::Linear { weight, .. } => self.linear(node, weight),
+            Op::Attention(attention) => self.attention(node, attention),
+            Op::Norm { kind, weight, bias, epsilon } => self.norm(node, *kind, weight, bias.as_ref(), *epsilon),
+            Op::Conv { weight, stride } => self.conv(node, weight, *stride),
+            Op::Embed { weight, .. } => self.embed(node, weight),
+            Op::Splice { vocab } => self.splice(node, *vocab),
+            Op::Activation { kind } => self.activation(node, *kind),
+            Op::BiasAdd { weight } => self.bias_add(node, weight),
+            Op::Broadcast { weight } => self.broadcast(node, weight),
+            Op::Binary { kind } => {
+                let operation = match kind {
+                    graphs::BinaryKind::Add => trt::ElementWiseOperation::Sum,
+                    graphs::BinaryKind::Multiply => trt::ElementWiseOperation::Prod,
+                };
+                self.target.elementwise(path, input(0), input(1), operation).map_err(layer)
+            }
+            Op::Concat { axis } => {
+                let inputs: Vec<_> = node.inputs.iter().map(|id| self.value(*id)).collect();
+                self.target.concatenation(path, &inputs, *axis).map_err(layer)
+            }
+            Op::Slice { axis, start, end } => {
+                self.target.slice(path, input(0), *axis, *start, end - start).map_err(layer)
+            }
+            Op::Reshape { shape } => {
+                let from = &self.ty(node.inputs[0]).shape;
+                let size = |(place, dim): (usize, &Dim)| match dim {
+                    Dim::Fixed(size) => *size as i64,
+                    // 0 takes over the size at the same place.
+                    Dim::Named(_) if from.get(place) == Some(dim) => 0,
+                    Dim::Named(_) => -1,
+                };
+                let shape: Vec<i64> = shape.iter().enumerate().map(size).collect();
+                self.target.reshape(path, input(0), &shape).map_err(layer)
+            }
+            Op::Transpose { permutation } => self.target.transpose(path, input(0), permutation).map_err(layer),
+            Op::LastToken => self.target.gather_batched(path, input(0), input(1), 1, 1).map_err(layer),
+            Op::Cast { dtype } => self.target.cast(path, input(0), data_type(*dtype)).map_err(layer),
+        }
+    }
+}

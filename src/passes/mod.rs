@@ -1,0 +1,61 @@
+//! Passes: named functions from a network to a network, in one list, each followed by the verifier.
+mod quantize;
+
+use graphs::{GraphError, Network};
+use quant::{Assignment, QuantError, Recipe};
+use std::path::PathBuf;
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum PassError {
+    #[error("quantizing `{network}`")]
+    Quantize { network: String, source: QuantError },
+    #[error("pass `{pass}` broke the network")]
+    Broken { pass: &'static str, source: GraphError },
+    #[error("cannot write `{path}`")]
+    Dump { path: PathBuf, source: std::io::Error },
+}
+
+impl PassError {
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            PassError::Quantize { source, .. } => source.hint(),
+            PassError::Broken { .. } | PassError::Dump { .. } => None,
+        }
+    }
+}
+
+/// What the passes are asked to do with one network.
+pub struct Plan<'p> {
+    pub recipe: &'p Recipe,
+    /// Where the text after each pass is written.
+    pub dump: Option<PathBuf>,
+}
+
+/// A network after all passes, with what was decided for each of its layers.
+#[derive(Debug)]
+pub struct Passed {
+    pub network: Network,
+    pub assignments: Vec<Assignment>,
+}
+
+/// Runs every pass in order.
+///
+/// # Errors
+/// The first pass that fails, or whose result the verifier refuses.
+pub fn run(network: Network, plan: &Plan<'_>) -> Result<Passed, PassError> {
+    let mut passed = Passed { network, assignments: Vec::new() };
+    let passes: [(&'static str, fn(Passed, &Plan) -> Result<Passed, PassError>); 1] = [("quantize", quantize::quantize)];
+    for (number, (name, pass)) in passes.into_iter().enumerate() {
+        passed = pass(passed, plan)?;
+        graphs::verify(&passed.network).map_err(|source| PassError::Broken { pass: name, source })?;
+        if let Some(folder) = &plan.dump {
+            let path = folder.join(format!("{}-{number}-{name}.txt", passed.network.name));
+            let write = std::fs::create_dir_all(folder).and_then(|()| {
+                std::fs::write(&path, graphs::print(&passed.network))
+            });
+            write.map_err(|source| PassError::Dump { path, source })?;
+        }
+    }
+    Ok(passed)
+}

@@ -1,0 +1,178 @@
+//! Running engines: prefill, decode, stop. It knows no family, only what `config.json` says.
+mod reference;
+
+pub use reference::Reference;
+
+use std::ops::ControlFlow;
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum RuntimeError {
+    #[error("request {request} has {found} prompt tokens, the engine takes {limit}")]
+    PromptTooLong { request: usize, found: usize, limit: usize },
+    #[error("request {request} has no prompt tokens")]
+    EmptyPrompt { request: usize },
+    #[error("{found} requests in one call, the engine takes {limit}")]
+    TooManyRequests { found: usize, limit: usize },
+    #[error("the pictures fill {found} rows of the prompt table, the engine takes {limit}")]
+    TooManyPictures { found: usize, limit: usize },
+    #[error("{found} new tokens were asked for, the engine makes {limit}")]
+    TooManyTokens { found: usize, limit: usize },
+    #[error("the engine takes no pictures")]
+    NoVision,
+    #[error("the engine's {what} does not fit its config")]
+    Inconsistent { what: String },
+    #[error(transparent)]
+    Interpret(#[from] graphs::interpret::InterpretError),
+    #[error(transparent)]
+    Graph(#[from] graphs::GraphError),
+    #[error(transparent)]
+    Directory(#[from] crate::engine_dir::DirectoryError),
+    #[error(transparent)]
+    Weights(#[from] quant::QuantError),
+}
+
+impl RuntimeError {
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            RuntimeError::PromptTooLong { .. } => Some("build with a larger --max-input-len".into()),
+            RuntimeError::TooManyRequests { .. } | RuntimeError::TooManyPictures { .. } => {
+                Some("build with a larger --max-batch-size, or send fewer at once".into())
+            }
+            RuntimeError::TooManyTokens { .. } => Some("build with a larger --max-output-len".into()),
+            RuntimeError::NoVision => Some("leave --image out".into()),
+            RuntimeError::Directory(error) => error.hint(),
+            RuntimeError::Graph(error) => error.hint(),
+            _ => None,
+        }
+    }
+}
+
+/// What runs a model's networks, on any target. Token ids are picked greedily where the logits are.
+pub trait Executor {
+    /// Runs `count` pictures, pixels `[count, channels, height, width]`, and keeps their features as the prompt table.
+    ///
+    /// # Errors
+    /// More pictures than the engine takes, or a failure of the engine.
+    fn see(&mut self, pixels: Vec<f32>, count: usize) -> Result<(), RuntimeError>;
+
+    /// Starts a batch and gives the first new token of each prompt.
+    ///
+    /// # Errors
+    /// Prompts that the engine does not take, or a failure of the engine.
+    fn prefill(&mut self, prompts: &[Vec<i32>]) -> Result<Vec<u32>, RuntimeError>;
+
+    /// Feeds one token to each request and gives the next one of each.
+    ///
+    /// # Errors
+    /// A failure of the engine.
+    fn decode(&mut self, tokens: &[u32]) -> Result<Vec<u32>, RuntimeError>;
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// An end token was made.
+    Stop,
+    /// As many tokens were made as were asked for.
+    Length,
+}
+
+impl FinishReason {
+    pub fn name(self) -> &'static str {
+        match self {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generated {
+    /// New ids only; the end token is among them where one was made.
+    pub token_ids: Vec<u32>,
+    pub finish_reason: FinishReason,
+}
+
+/// Generates for every prompt until its end token or `max_new_tokens`. `on_token` sees each new token of each request
+/// (its number, the id) as it is made and may stop the whole batch.
+///
+/// # Errors
+/// Whatever the executor refuses.
+pub fn generate(
+    executor: &mut dyn Executor,
+    prompts: &[Vec<i32>],
+    max_new_tokens: usize,
+    end_ids: &[u32],
+    on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
+) -> Result<Vec<Generated>, RuntimeError> {
+    let unfinished = Generated { token_ids: Vec::new(), finish_reason: FinishReason::Length };
+    let mut outputs = vec![unfinished; prompts.len()];
+    if max_new_tokens == 0 || prompts.is_empty() {
+        return Ok(outputs);
+    }
+    let mut tokens = executor.prefill(prompts)?;
+    for made in 1..=max_new_tokens {
+        for (request, (output, &token)) in std::iter::zip(&mut outputs, &tokens).enumerate() {
+            if output.finish_reason == FinishReason::Stop {
+                continue;
+            }
+            output.token_ids.push(token);
+            if end_ids.contains(&token) {
+                output.finish_reason = FinishReason::Stop;
+            }
+            if on_token(request, token).is_break() {
+                return Ok(outputs);
+            }
+        }
+        if made == max_new_tokens || outputs.iter().all(|output| output.finish_reason == FinishReason::Stop) {
+            break;
+        }
+        tokens = executor.decode(&tokens)?;
+    }
+    Ok(outputs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counts up from each prompt's first id.
+    struct Counter(Vec<u32>);
+
+    impl Executor for Counter {
+        fn see(&mut self, _: Vec<f32>, _: usize) -> Result<(), RuntimeError> {
+            Err(RuntimeError::NoVision)
+        }
+
+        fn prefill(&mut self, prompts: &[Vec<i32>]) -> Result<Vec<u32>, RuntimeError> {
+            Ok(prompts.iter().map(|prompt| prompt[0] as u32 + 1).collect())
+        }
+
+        fn decode(&mut self, tokens: &[u32]) -> Result<Vec<u32>, RuntimeError> {
+            self.0 = tokens.to_vec();
+            Ok(tokens.iter().map(|token| token + 1).collect())
+        }
+    }
+
+    #[test]
+    fn each_request_ends_by_itself() {
+        let mut seen = Vec::new();
+        let mut on_token = |request, token| {
+            seen.push((request, token));
+            ControlFlow::Continue(())
+        };
+        let outputs = generate(&mut Counter(vec![]), &[vec![1], vec![7]], 4, &[9], &mut on_token).unwrap();
+        let stop = Generated { token_ids: vec![8, 9], finish_reason: FinishReason::Stop };
+        let length = Generated { token_ids: vec![2, 3, 4, 5], finish_reason: FinishReason::Length };
+        assert_eq!(outputs, [length, stop]);
+        assert_eq!(seen, [(0, 2), (1, 8), (0, 3), (1, 9), (0, 4), (0, 5)]);
+    }
+
+    #[test]
+    fn the_caller_may_stop() {
+        let outputs = generate(&mut Counter(vec![]), &[vec![1]], 9, &[], &mut |_, token| {
+            if token == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        assert_eq!(outputs.unwrap()[0].token_ids, [2, 3]);
+    }
+}

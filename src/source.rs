@@ -1,0 +1,157 @@
+//! A checkpoint that is known to fit its model: canonical names over whatever the files call their tensors.
+use crate::checkpoint::{Checkpoint, CheckpointError, TensorEntry, nearest};
+use graphs::interpret::Values;
+use graphs::{Coverage, DType, Facts, GraphError, Logits, Model, Network, Weight, cover};
+use quant::{Entry, Source, SourceError};
+use std::fmt::Write;
+use thiserror::Error;
+
+/// Faults listed one by one before the rest is only counted.
+const LISTED: usize = 20;
+
+#[derive(Debug, Error)]
+pub enum ModelError {
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Graph(#[from] GraphError),
+    #[error("the weights in `{folder}` do not fit config.json:{}", list(.faults))]
+    Misfit { folder: String, faults: Vec<Fault> },
+}
+
+#[derive(Debug, Error, PartialEq)]
+pub enum Fault {
+    #[error("tensor `{name}` is missing{}", .nearest.as_ref().map(|near| format!(", there is `{near}`")).unwrap_or_default())]
+    Missing { name: String, nearest: Option<String> },
+    #[error("tensor `{name}` is used by no layer of the model")]
+    Unused { name: String },
+    #[error("tensor `{name}`: wanted shape {wanted:?}, found {found:?}")]
+    Shape { name: String, wanted: Vec<usize>, found: Vec<usize> },
+    #[error("tensor `{name}`: wanted float32, float16 or bfloat16, found {found}")]
+    DType { name: String, found: DType },
+}
+
+fn list(faults: &[Fault]) -> String {
+    let mut text = String::new();
+    for fault in faults.iter().take(LISTED) {
+        let _ = write!(text, "\n  {fault}");
+    }
+    if faults.len() > LISTED {
+        let _ = write!(text, "\n  and {} more", faults.len() - LISTED);
+    }
+    text
+}
+
+impl ModelError {
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            ModelError::Checkpoint(error) => error.hint(),
+            ModelError::Graph(error) => error.hint(),
+            ModelError::Misfit { .. } => {
+                Some("the config must be the one that belongs to the weights, and every shard must be there".into())
+            }
+        }
+    }
+}
+
+/// A checkpoint and the model that it holds.
+#[derive(Debug)]
+pub struct ModelSource {
+    pub checkpoint: Checkpoint,
+    pub model: Model,
+    coverage: Coverage,
+}
+
+impl ModelSource {
+    /// Reads headers only: every tensor that the model needs is there with its shape, and none lies unused.
+    ///
+    /// # Errors
+    /// All faults found, not the first only.
+    pub fn new(checkpoint: Checkpoint) -> Result<ModelSource, ModelError> {
+        let model = Model::from_config(checkpoint.config())?;
+        let networks = model.networks(DType::Float32, Logits::Last)?;
+        let coverage = cover(&model, &networks, checkpoint.tensors().map(|(name, _)| name));
+        let faults = faults(&checkpoint, &networks, &coverage);
+        if !faults.is_empty() {
+            return Err(ModelError::Misfit { folder: checkpoint.folder().display().to_string(), faults });
+        }
+        Ok(ModelSource { checkpoint, model, coverage })
+    }
+
+    /// # Errors
+    /// As [`Model::networks`].
+    pub fn networks(&self, dtype: DType, logits: Logits) -> Result<Vec<Network>, ModelError> {
+        Ok(self.model.networks(dtype, logits)?)
+    }
+
+    pub fn facts(&self) -> Facts {
+        self.model.facts()
+    }
+
+    /// The type that most of the weights are stored in.
+    pub fn dtype(&self) -> DType {
+        let bytes_of = |dtype| {
+            let tensors = self.checkpoint.tensors().filter(|(_, entry)| entry.dtype == dtype);
+            tensors.map(|(_, entry)| entry.bytes).sum::<u64>()
+        };
+        let types = [DType::Float32, DType::Float16, DType::Bfloat16];
+        types.into_iter().max_by_key(|&dtype| bytes_of(dtype)).unwrap_or(DType::Float32)
+    }
+
+    /// Where a tensor lies, by its canonical name.
+    pub fn tensor(&self, name: &str) -> Option<(&str, &TensorEntry)> {
+        let stored = self.coverage.found.get(name)?;
+        self.checkpoint.tensor(stored).map(|entry| (stored.as_str(), entry))
+    }
+
+    pub fn coverage(&self) -> &Coverage {
+        &self.coverage
+    }
+}
+
+fn faults(checkpoint: &Checkpoint, networks: &[Network], coverage: &Coverage) -> Vec<Fault> {
+    let unused = || coverage.unused.iter().map(String::as_str);
+    let mut faults: Vec<Fault> = coverage
+        .missing
+        .iter()
+        .map(|name| Fault::Missing { name: name.clone(), nearest: nearest(name, unused()).map(str::to_owned) })
+        .collect();
+    faults.extend(unused().map(|name| Fault::Unused { name: name.to_owned() }));
+    let mut wanted: Vec<(&str, &[usize])> =
+        networks.iter().flat_map(Network::weights).flat_map(|(_, weight)| weight.tensors()).collect();
+    wanted.sort_unstable();
+    wanted.dedup();
+    for (name, shape) in wanted {
+        let Some(entry) = coverage.found.get(name).and_then(|stored| checkpoint.tensor(stored)) else { continue };
+        if entry.shape != shape {
+            let (wanted, found) = (shape.to_vec(), entry.shape.clone());
+            faults.push(Fault::Shape { name: name.into(), wanted, found });
+        } else if !entry.dtype.is_float() {
+            faults.push(Fault::DType { name: name.into(), found: entry.dtype });
+        }
+    }
+    faults
+}
+
+impl Source for ModelSource {
+    fn entry(&self, name: &str) -> Option<Entry> {
+        self.tensor(name).map(|(_, entry)| Entry { dtype: entry.dtype, shape: entry.shape.clone() })
+    }
+
+    fn read(&self, name: &str, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
+        let stored = self.coverage.found.get(name).map_or(name, String::as_str);
+        self.checkpoint.read_into(stored, offset, buffer).map_err(SourceError::new)
+    }
+}
+
+/// Weights of a checkpoint as the interpreter wants them: what an engine of `compute` type would hold, in f32.
+pub struct CheckpointValues<'s> {
+    pub source: &'s ModelSource,
+    pub compute: DType,
+}
+
+impl Values for CheckpointValues<'_> {
+    fn values(&self, weight: &Weight) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(quant::materialize_f32(weight, self.source, self.compute)?)
+    }
+}
