@@ -48,7 +48,7 @@ pub fn build_engine(spec: &Path) -> bool {
     }
 }
 
-fn build(spec: &Path, say: &dyn Fn(&ChildMessage)) -> Result<ChildMessage, ChildError> {
+fn build(spec: &Path, say: &(dyn Fn(&ChildMessage) + Sync)) -> Result<ChildMessage, ChildError> {
     let start = Instant::now();
     let file = |path: &Path| {
         let path = path.to_path_buf();

@@ -57,7 +57,6 @@ pub enum ChildMessage {
         sha256: String,
         library: String,
         seconds: f64,
-        peak_memory_bytes: u64,
     },
     Failed {
         message: String,
