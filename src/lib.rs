@@ -1,7 +1,12 @@
 //! trtvlm compiles vision-language checkpoints into TensorRT engines.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
+pub mod assemble;
 pub mod builder;
 pub mod checkpoint;
+pub mod compile;
 pub mod engine_dir;
 pub mod lower;
+pub mod passes;
 pub mod processor;
+pub mod runtime;
+pub mod source;

@@ -140,6 +140,11 @@ impl Weights {
         self.files.iter().map(|file| file.watched.path.as_path())
     }
 
+    /// The file that a tensor lies in.
+    pub fn path_of(&self, entry: &TensorEntry) -> Option<&Path> {
+        self.files.get(entry.file).map(|file| file.watched.path.as_path())
+    }
+
     pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
         self.tensors.get(name)
     }

@@ -58,6 +58,24 @@ impl Staging {
         Ok(path)
     }
 
+    /// An empty folder inside.
+    ///
+    /// # Errors
+    /// A folder that cannot be made.
+    pub fn folder(&self, name: &str) -> Result<PathBuf, DirectoryError> {
+        let path = self.path.join(name);
+        fs::create_dir_all(&path).map_err(DirectoryError::io("create", &path))?;
+        Ok(path)
+    }
+
+    /// Removes a file or folder inside, if it is there.
+    ///
+    /// # Errors
+    /// What cannot be removed.
+    pub fn discard(&self, name: &str) -> Result<(), DirectoryError> {
+        remove(&self.path.join(name))
+    }
+
     /// # Errors
     /// A file that cannot be written.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), DirectoryError> {

@@ -40,9 +40,9 @@ struct Lowering<'l, 'n, 'w> {
 ///
 /// # Errors
 /// The first layer that TensorRT refuses, by its path.
-pub fn lower<'n, 'w>(
+pub fn lower<'w>(
     network: &Network,
-    target: &'n trt::Network<'w>,
+    target: &trt::Network<'w>,
     constants: &'w Constants,
     sizes: Sizes,
 ) -> Result<(), LowerError> {

@@ -1,8 +1,11 @@
 //! Running engines: prefill, decode, stop. It knows no family, only what `config.json` says.
 mod reference;
+mod session;
 
-pub use reference::Reference;
+pub use reference::{NETWORK, Reference, WEIGHTS};
+pub use session::{Answer, AnswerOptions, Ask, Session, Timings};
 
+use crate::processor::ProcessorError;
 use std::ops::ControlFlow;
 use thiserror::Error;
 
@@ -20,6 +23,12 @@ pub enum RuntimeError {
     TooManyTokens { found: usize, limit: usize },
     #[error("the engine takes no pictures")]
     NoVision,
+    #[error("pictures are prepared as {found:?} pixels (height, width), the engine takes {wanted:?}")]
+    PictureSize { found: [usize; 2], wanted: [usize; 2] },
+    #[error("the checkpoint has no chat template")]
+    NoChatTemplate,
+    #[error(transparent)]
+    Processor(#[from] ProcessorError),
     #[error("the engine's {what} does not fit its config")]
     Inconsistent { what: String },
     #[error(transparent)]
@@ -37,10 +46,15 @@ impl RuntimeError {
         match self {
             RuntimeError::PromptTooLong { .. } => Some("build with a larger --max-input-len".into()),
             RuntimeError::TooManyRequests { .. } | RuntimeError::TooManyPictures { .. } => {
-                Some("build with a larger --max-batch-size, or send fewer at once".into())
+                Some("build with a larger --max-batch-size (or --max-multimodal-len), or send fewer at once".into())
             }
             RuntimeError::TooManyTokens { .. } => Some("build with a larger --max-output-len".into()),
             RuntimeError::NoVision => Some("leave --image out".into()),
+            RuntimeError::PictureSize { .. } => {
+                Some("preprocessor_config.json and config.json do not belong together".into())
+            }
+            RuntimeError::NoChatTemplate => Some("leave --chat out".into()),
+            RuntimeError::Processor(error) => error.hint(),
             RuntimeError::Directory(error) => error.hint(),
             RuntimeError::Graph(error) => error.hint(),
             _ => None,

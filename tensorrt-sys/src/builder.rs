@@ -50,7 +50,10 @@ impl Builder {
     /// A library that cannot build here.
     pub fn new(library: &'static Library) -> Result<Builder> {
         let object = library.builder()?;
-        Ok(Builder { inner: Rc::new(BuilderObject { library, object }) })
+        let inner = BuilderObject { library, object };
+        // With several threads, which of them takes memory first shows in TensorRT-RTX's plans.
+        call!(library.family(), word(object, 1), builder::SET_MAX_THREADS, (1 => i32) -> bool)?;
+        Ok(Builder { inner: Rc::new(inner) })
     }
 
     /// An empty strongly typed network whose constants live for `'w`.

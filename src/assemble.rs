@@ -1,0 +1,240 @@
+//! A directory from compiled networks: weights, engines, processor files, manifest.
+use crate::builder::{BuildEvent, BuildFailure, BuiltEngine, ConstantPlace, EngineSpec, Supervisor};
+use crate::checkpoint::CheckpointError;
+use crate::compile::Compiled;
+use crate::engine_dir::manifest::{self, Manifest, TargetEntry};
+use crate::engine_dir::{DirectoryError, EngineConfig, FileEntry, PROCESSOR, Staging};
+use crate::passes::Passed;
+use crate::runtime::{NETWORK, WEIGHTS};
+use graphs::{Network, Weight};
+use quant::{QuantError, StoredWeights};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum AssembleError {
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error("weights of `{network}`")]
+    Weights { network: String, source: QuantError },
+    #[error(transparent)]
+    Build(#[from] BuildFailure),
+    #[error("cannot write config.json")]
+    Config(#[from] serde_json::Error),
+}
+
+impl AssembleError {
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            AssembleError::Directory(error) => error.hint(),
+            AssembleError::Checkpoint(error) => error.hint(),
+            AssembleError::Weights { source, .. } => source.hint(),
+            AssembleError::Build(error) => error.hint(),
+            AssembleError::Config(_) => None,
+        }
+    }
+}
+
+/// The engines of TensorRT-RTX that are wanted.
+pub struct RtxTarget<'t> {
+    pub library: PathBuf,
+    pub gpus: Vec<u32>,
+    pub supervisor: Supervisor<'t>,
+}
+
+pub struct Assembly<'a> {
+    pub output: &'a Path,
+    pub reference: bool,
+    pub rtx: Option<RtxTarget<'a>>,
+    /// The model as it was named.
+    pub model: String,
+    /// The command that builds the directory again.
+    pub command: String,
+}
+
+/// What happens while a directory is made.
+pub enum Event<'e> {
+    /// Another build works on the same directory.
+    Waiting(&'e Path),
+    /// Bytes of a network's weights written, of all.
+    Weights { network: &'e str, done: u64, total: u64 },
+    Engine { network: &'e str, event: BuildEvent<'e> },
+    Built { network: &'e str, engine: &'e BuiltEngine },
+}
+
+/// Writes the directory and moves it to its place when all of it is there.
+///
+/// # Errors
+/// Whatever fails; the place is then as it was before.
+pub fn assemble(
+    compiled: &Compiled,
+    assembly: &Assembly<'_>,
+    events: &mut dyn FnMut(Event<'_>),
+) -> Result<Manifest, AssembleError> {
+    let mut staging = Staging::start(assembly.output, |path| events(Event::Waiting(path)))?;
+    let mut library = None;
+    for passed in &compiled.networks {
+        let network = &passed.network;
+        let config = EngineConfig::new(
+            &compiled.source.model,
+            compiled.dtype,
+            compiled.quantization_config(),
+            1,
+            compiled.sizes,
+        );
+        let text = serde_json::to_string_pretty(&config)?;
+        staging.write(&format!("{}/config.json", network.name), format!("{text}\n").as_bytes())?;
+        let places = store(compiled, passed, assembly, &mut staging, events)?;
+        if assembly.reference {
+            let text = graphs::print(network);
+            staging.write(&format!("{}/{NETWORK}", network.name), text.as_bytes())?;
+        }
+        if let Some(rtx) = &assembly.rtx {
+            let engine = build(compiled, network, rtx, places, &mut staging, events)?;
+            events(Event::Built { network: &network.name, engine: &engine });
+            library = Some(engine.library);
+        }
+    }
+    staging.discard(WORK)?;
+    copy_processor(compiled, &staging)?;
+    compiled.source.checkpoint.unchanged()?;
+    let mut targets = BTreeMap::new();
+    if assembly.reference {
+        targets.insert("reference".to_owned(), TargetEntry::default());
+    }
+    if let Some(rtx) = &assembly.rtx {
+        let gpus = rtx.gpus.iter().map(|gpu| format!("sm{gpu}")).collect();
+        targets.insert("rtx".to_owned(), TargetEntry { library, gpus });
+    }
+    Ok(staging.publish(Manifest {
+        schema: manifest::SCHEMA,
+        version: env!("CARGO_PKG_VERSION").into(),
+        model: assembly.model.clone(),
+        model_type: compiled.source.facts().model_type.into(),
+        dtype: compiled.dtype,
+        quantization: compiled.quantization.clone(),
+        tp: 1,
+        targets,
+        networks: compiled.networks.iter().map(|passed| passed.network.name.clone()).collect(),
+        files: BTreeMap::new(),
+        command: assembly.command.clone(),
+        built_at: manifest::timestamp(),
+    })?)
+}
+
+/// Files that only the build itself needs.
+const WORK: &str = ".work";
+
+/// Path of a network's engine in the directory.
+pub fn engine_name(network: &str) -> String {
+    let file = if network == "vision" { "model.engine" } else { "rank0.engine" };
+    format!("{network}/{file}")
+}
+
+/// Writes the weights that the targets need and says where each lies. The reference needs all of them in the directory;
+/// an engine alone takes what the checkpoint already holds in its final form from there.
+fn store(
+    compiled: &Compiled,
+    passed: &Passed,
+    assembly: &Assembly<'_>,
+    staging: &mut Staging,
+    events: &mut dyn FnMut(Event<'_>),
+) -> Result<BTreeMap<String, ConstantPlace>, AssembleError> {
+    let network = &passed.network;
+    let failed = |source| AssembleError::Weights { network: network.name.clone(), source };
+    let mut places = BTreeMap::new();
+    let mut stored: Vec<&Weight> = Vec::new();
+    let mut seen = BTreeSet::new();
+    for (_, weight) in network.weights() {
+        if !seen.insert(weight.key()) {
+            continue;
+        }
+        match mapped(compiled, weight).filter(|_| !assembly.reference) {
+            Some(place) => drop(places.insert(weight.key(), place)),
+            None => stored.push(weight),
+        }
+    }
+    if stored.is_empty() {
+        return Ok(places);
+    }
+    let name = if assembly.reference {
+        format!("{}/{WEIGHTS}", network.name)
+    } else {
+        format!("{WORK}/{}-{WEIGHTS}", network.name)
+    };
+    let path = staging.place(&name)?;
+    let mut progress = |done, total| events(Event::Weights { network: &network.name, done, total });
+    let weights = stored.iter().copied();
+    let summary = quant::store_weights(weights, &compiled.source, compiled.dtype, &path, &mut progress)
+        .map_err(failed)?;
+    staging.written(&name, FileEntry { bytes: summary.bytes, sha256: summary.sha256 });
+    let file = StoredWeights::open(&path).map_err(failed)?;
+    for weight in stored {
+        let (values, scale) = file.place_of(weight).map_err(failed)?;
+        let key = weight.key();
+        let scale = scale.map(|place| (format!("{key}.scale"), place));
+        for (key, place) in std::iter::once((key, values)).chain(scale) {
+            let quant::Place { dtype, shape, offset, bytes } = place;
+            places.insert(key, ConstantPlace { file: path.clone(), offset, bytes, dtype, shape });
+        }
+    }
+    Ok(places)
+}
+
+/// Where a plain weight lies in the checkpoint, if it is there in the network's own type and at a place that suits
+/// TensorRT.
+fn mapped(compiled: &Compiled, weight: &Weight) -> Option<ConstantPlace> {
+    let Weight::Tensor { name, .. } = weight else { return None };
+    let (_, entry) = compiled.source.tensor(name)?;
+    let file = compiled.source.checkpoint.weights().path_of(entry)?;
+    let aligned = entry.offset.is_multiple_of(8);
+    (entry.dtype == compiled.dtype && aligned).then(|| ConstantPlace {
+        file: file.to_path_buf(),
+        offset: entry.offset,
+        bytes: entry.bytes,
+        dtype: entry.dtype,
+        shape: entry.shape.clone(),
+    })
+}
+
+fn build(
+    compiled: &Compiled,
+    network: &Network,
+    rtx: &RtxTarget<'_>,
+    constants: BTreeMap<String, ConstantPlace>,
+    staging: &mut Staging,
+    events: &mut dyn FnMut(Event<'_>),
+) -> Result<BuiltEngine, AssembleError> {
+    let text = format!("{WORK}/{}.txt", network.name);
+    staging.write(&text, graphs::print(network).as_bytes())?;
+    let name = engine_name(&network.name);
+    let spec = EngineSpec {
+        name: network.name.clone(),
+        network: staging.place(&text)?,
+        library: rtx.library.clone(),
+        gpus: rtx.gpus.clone(),
+        sizes: compiled.sizes,
+        constants,
+        engine: staging.place(&name)?,
+    };
+    let work = staging.folder(&format!("{WORK}/{}", network.name))?;
+    let mut forward = |event: BuildEvent<'_>| events(Event::Engine { network: &network.name, event });
+    let engine = rtx.supervisor.build(&spec, &work, &mut forward)?;
+    staging.written(&name, FileEntry { bytes: engine.bytes, sha256: engine.sha256.clone() });
+    Ok(engine)
+}
+
+/// What a run reads besides the engines.
+fn copy_processor(compiled: &Compiled, staging: &Staging) -> Result<(), AssembleError> {
+    for name in crate::processor::FILES {
+        let from = compiled.source.checkpoint.folder().join(name);
+        if from.is_file() {
+            let to = staging.place(&format!("{PROCESSOR}/{name}"))?;
+            std::fs::copy(&from, &to).map_err(DirectoryError::io("copy", &from))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! From a checkpoint to networks that a target can take: what `build`, `plan` and `eval` have in common.
+use crate::checkpoint::{Checkpoint, Options};
+use crate::engine_dir::{SizeError, SizeRequest, Sizes};
+use crate::passes::{self, PassError, Passed};
+use crate::source::{ModelError, ModelSource};
+use graphs::{DType, Logits};
+use quant::{QuantError, Recipe};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum CompileError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    #[error(transparent)]
+    Pass(#[from] PassError),
+    #[error(transparent)]
+    Recipe(#[from] QuantError),
+    #[error("--vision-quant is given, but the model has no vision network")]
+    NoVision,
+    #[error("--tp {0}: tensor parallelism is not built yet, only 1 works")]
+    TensorParallel(usize),
+}
+
+impl CompileError {
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            CompileError::Model(error) => error.hint(),
+            CompileError::Size(error) => error.hint(),
+            CompileError::Pass(error) => error.hint(),
+            CompileError::Recipe(error) => error.hint(),
+            CompileError::NoVision => Some("leave --vision-quant out".into()),
+            CompileError::TensorParallel(_) => None,
+        }
+    }
+}
+
+/// What is asked for on the command line.
+pub struct Request {
+    /// A folder or a hub id.
+    pub model: String,
+    /// The checkpoint's own type where nothing is asked for.
+    pub dtype: Option<DType>,
+    /// Preset or recipe file of the language network.
+    pub quant: String,
+    pub vision_quant: String,
+    pub tp: usize,
+    pub sizes: SizeRequest,
+    pub logits: Logits,
+    /// Where the text after each pass is written.
+    pub dump: Option<PathBuf>,
+}
+
+pub struct Compiled {
+    pub source: ModelSource,
+    pub dtype: DType,
+    pub sizes: Sizes,
+    pub networks: Vec<Passed>,
+    /// Name of the recipe of each sub-network.
+    pub quantization: BTreeMap<String, String>,
+}
+
+/// Reads headers only; no tensor data is touched.
+///
+/// # Errors
+/// Whatever does not fit together, before anything is read or written.
+pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, CompileError> {
+    if request.tp != 1 {
+        return Err(CompileError::TensorParallel(request.tp));
+    }
+    let language = Recipe::load(&request.quant)?;
+    let vision = Recipe::load(&request.vision_quant)?;
+    let checkpoint = Checkpoint::open(&request.model, options).map_err(ModelError::from)?;
+    let source = ModelSource::new(checkpoint)?;
+    let sizes = request.sizes.resolve(&source.facts())?;
+    let dtype = request.dtype.unwrap_or_else(|| source.dtype());
+    let networks = source.networks(dtype, request.logits)?;
+    if vision.name != "none" && networks.iter().all(|network| network.name != "vision") {
+        return Err(CompileError::NoVision);
+    }
+    let mut quantization = BTreeMap::new();
+    let mut passed = Vec::new();
+    for network in networks {
+        let recipe = if network.name == "vision" { &vision } else { &language };
+        quantization.insert(network.name.clone(), recipe.name.clone());
+        passed.push(passes::run(network, &passes::Plan { recipe, dump: request.dump.clone() })?);
+    }
+    Ok(Compiled { source, dtype, sizes, networks: passed, quantization })
+}
+
+impl Compiled {
+    /// The `quantization` object of config.json, in TensorRT-LLM's words where it has them.
+    pub fn quantization_config(&self) -> Value {
+        use graphs::Format;
+        let language = self.networks.iter().find(|passed| passed.network.name == "language");
+        let formats = language.into_iter().flat_map(|passed| &passed.assignments).filter_map(|choice| choice.format);
+        let mut algorithm = Value::Null;
+        let mut group = 0;
+        for format in formats {
+            match format {
+                Format::Int8 => algorithm = json!("W8A16"),
+                Format::Int4 { group: size } => {
+                    algorithm = json!("W4A16");
+                    group = group.max(size);
+                }
+            }
+        }
+        let recipe = self.quantization.get("language");
+        let mut config = json!({ "quant_algo": algorithm, "kv_cache_quant_algo": null, "recipe": recipe });
+        if group > 0 {
+            config["group_size"] = json!(group);
+        }
+        config
+    }
+}

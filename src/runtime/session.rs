@@ -1,0 +1,184 @@
+//! Questions in, answers out: pictures and prompts are prepared, a target's executor runs, ids become text.
+use super::{Executor, FinishReason, RuntimeError, generate};
+use crate::engine_dir::EngineConfig;
+use crate::processor::{ChatMessage, Picture, Processor, PromptRequest, PromptSettings, PromptTemplate};
+use serde::Serialize;
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+/// One prompt with its pictures.
+#[derive(Clone, Copy)]
+pub struct Ask<'a> {
+    pub prompt: &'a str,
+    pub pictures: &'a [Picture],
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct AnswerOptions {
+    /// As many as the engine makes where nothing is asked for.
+    pub max_new_tokens: Option<usize>,
+    /// Put the prompt into the checkpoint's chat template.
+    pub chat: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// New ids only.
+    pub token_ids: Vec<u32>,
+    /// Without special tokens and the blanks at both ends.
+    pub text: String,
+    pub finish_reason: FinishReason,
+}
+
+/// Wall-clock seconds of the parts of a run.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Timings {
+    pub preprocess_seconds: f64,
+    pub vision_seconds: f64,
+    pub prefill_seconds: f64,
+    pub decode_seconds: f64,
+    pub prompt_tokens: usize,
+    pub new_tokens: usize,
+}
+
+/// A loaded model that answers.
+pub struct Session {
+    executor: Box<dyn Executor>,
+    processor: Processor,
+    config: EngineConfig,
+}
+
+impl Session {
+    pub fn new(executor: Box<dyn Executor>, processor: Processor, config: EngineConfig) -> Session {
+        Session { executor, processor, config }
+    }
+
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// Answers all, as many at once as the engine takes. `on_text` sees pieces of text as they are made: the number of
+    /// the ask and the piece.
+    ///
+    /// # Errors
+    /// Pictures or prompts that do not fit, or a failing engine.
+    pub fn answer(
+        &mut self,
+        asks: &[Ask<'_>],
+        options: AnswerOptions,
+        on_text: &mut dyn FnMut(usize, &str),
+    ) -> Result<(Vec<Answer>, Timings), RuntimeError> {
+        let mut answers = Vec::with_capacity(asks.len());
+        let mut timings = Timings::default();
+        for batch in asks.chunks(self.config.build_config.max_batch_size.max(1)) {
+            let first = answers.len();
+            let mut shifted = |request: usize, text: &str| on_text(first + request, text);
+            answers.extend(self.batch(batch, options, &mut timings, &mut shifted)?);
+        }
+        Ok((answers, timings))
+    }
+
+    fn batch(
+        &mut self,
+        asks: &[Ask<'_>],
+        options: AnswerOptions,
+        timings: &mut Timings,
+        on_text: &mut dyn FnMut(usize, &str),
+    ) -> Result<Vec<Answer>, RuntimeError> {
+        let limit = self.config.build_config.max_output_len;
+        let wanted = options.max_new_tokens.unwrap_or(limit);
+        if wanted > limit {
+            return Err(RuntimeError::TooManyTokens { found: wanted, limit });
+        }
+        let start = Instant::now();
+        let mut prompts = Vec::with_capacity(asks.len());
+        let (mut pixels, mut pictures) = (Vec::new(), 0);
+        for ask in asks {
+            prompts.push(self.prompt(ask, pictures, options.chat)?);
+            for picture in ask.pictures {
+                let image = self.processor.image.as_ref().ok_or(RuntimeError::NoVision)?;
+                self.check_size(image.size())?;
+                pixels.extend(image.process(picture)?);
+            }
+            pictures += ask.pictures.len();
+        }
+        timings.prompt_tokens += prompts.iter().map(Vec::len).sum::<usize>();
+        timings.preprocess_seconds += start.elapsed().as_secs_f64();
+        if pictures > 0 {
+            let start = Instant::now();
+            self.executor.see(pixels, pictures)?;
+            timings.vision_seconds += start.elapsed().as_secs_f64();
+        }
+        let text = &self.processor.text;
+        let mut streams: Vec<_> = asks.iter().map(|_| text.stream()).collect();
+        let (mut failure, mut first_token) = (None, None);
+        let start = Instant::now();
+        let mut on_token = |request: usize, token: u32| {
+            first_token.get_or_insert_with(|| start.elapsed());
+            match streams.get_mut(request).map(|stream| stream.push(token)) {
+                Some(Ok(piece)) => {
+                    on_text(request, &piece);
+                    ControlFlow::Continue(())
+                }
+                Some(Err(error)) => {
+                    failure = Some(error);
+                    ControlFlow::Break(())
+                }
+                None => ControlFlow::Continue(()),
+            }
+        };
+        let generated = generate(self.executor.as_mut(), &prompts, wanted, text.eos_ids(), &mut on_token)?;
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+        let (total, prefill) = (start.elapsed(), first_token.unwrap_or_default());
+        timings.prefill_seconds += prefill.as_secs_f64();
+        timings.decode_seconds += total.saturating_sub(prefill).as_secs_f64();
+        timings.new_tokens += generated.iter().map(|output| output.token_ids.len()).sum::<usize>();
+        for (request, stream) in streams.iter_mut().enumerate() {
+            on_text(request, &stream.finish()?);
+        }
+        let answer = |output: super::Generated| {
+            let decoded = text.decode(&output.token_ids)?.trim().to_owned();
+            Ok(Answer { token_ids: output.token_ids, text: decoded, finish_reason: output.finish_reason })
+        };
+        generated.into_iter().map(answer).collect()
+    }
+
+    fn prompt(&self, ask: &Ask<'_>, first_picture: usize, chat: bool) -> Result<Vec<i32>, RuntimeError> {
+        let config = &self.config.pretrained_config;
+        let multimodal = config.multimodal;
+        let settings = PromptSettings {
+            template: if multimodal.is_some() { PromptTemplate::Llava } else { PromptTemplate::Plain },
+            image_token_id: multimodal.map(|multimodal| multimodal.image_token_id as u32),
+            features_per_picture: multimodal.map_or(0, |multimodal| multimodal.num_visual_features),
+            vocabulary: config.vocab_size as u32,
+            maximum_length: Some(self.config.build_config.max_input_len),
+        };
+        let pictures = ask.pictures.len();
+        let (prompt, add_special_tokens) = match (&self.processor.chat, chat) {
+            (_, false) => (ask.prompt.to_owned(), true),
+            (Some(template), true) => {
+                template.render(&[ChatMessage { role: "user", text: ask.prompt, pictures }])?
+            }
+            (None, true) => return Err(RuntimeError::NoChatTemplate),
+        };
+        let request = PromptRequest { prompt: &prompt, pictures, first_picture, add_special_tokens };
+        Ok(settings.build(&self.processor.text, request)?.ids)
+    }
+
+    fn check_size(&self, found: Option<(usize, usize)>) -> Result<(), RuntimeError> {
+        let wanted = self.config.pretrained_config.multimodal.map(|multimodal| multimodal.image_size);
+        match (wanted, found) {
+            (Some([height, width]), Some((found_height, found_width)))
+                if (height, width) != (found_height, found_width) =>
+            {
+                Err(RuntimeError::PictureSize {
+                    found: [found_height, found_width],
+                    wanted: [height, width],
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
