@@ -1,1 +1,20 @@
-//! quantization recipes, round to nearest, packing, materializing
+//! Quantization recipes, round to nearest, packing, and materializing weight expressions from a checkpoint.
+mod convert;
+mod error;
+mod materialize;
+mod matrix;
+mod pack;
+mod plain;
+mod pool;
+mod round;
+mod source;
+mod strip;
+
+pub use convert::to_f32;
+pub use error::QuantError;
+pub use materialize::{Stored, materialize, materialize_f32, materialize_with};
+pub use pack::{pack, unpack};
+pub use pool::Pool;
+pub use source::{Entry, MemorySource, Source, SourceError};
+/// Names of the built-in recipes; besides them `int4-gN` takes any group.
+pub const PRESETS: [&str; 3] = ["none", "int8", "int4"];

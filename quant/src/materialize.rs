@@ -1,0 +1,178 @@
+//! From weight expressions to bytes. Reads only the rows that a block needs and writes each result once; the bytes
+//! are the same for any number of threads.
+use crate::plain::{Plain, count};
+use crate::{Pool, QuantError, Source, convert, matrix, pack};
+use graphs::{DType, Format, Weight};
+use rayon::prelude::*;
+
+/// A weight as it is stored: plain weights in their logical shape, quantized matrices as `[in, out]` with a scale.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stored {
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    pub bytes: Vec<u8>,
+    pub scale: Option<Box<Stored>>,
+}
+
+impl Stored {
+    /// Logical values, of a quantized matrix dequantized as `[out, in]`.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match &self.scale {
+            Some(scale) => pack::dequantize(self, scale),
+            None => convert::to_f32(self.dtype, &self.bytes),
+        }
+    }
+}
+
+/// Bytes of a plain weight that one thread converts in one go.
+const BLOCK: usize = 1 << 20;
+
+/// Makes the bytes of a weight: floats converted to `compute`, integers as they are, quantized matrices packed with
+/// scales in `compute`. Besides the result it takes a few MiB per thread, and twice the result where already
+/// quantized parts are joined or cut along a scale.
+pub fn materialize(weight: &Weight, source: &dyn Source, compute: DType) -> Result<Stored, QuantError> {
+    materialize_with(weight, source, compute, &Pool::default())
+}
+
+/// [`materialize`] into buffers of earlier results, which is several times faster.
+pub fn materialize_with(
+    weight: &Weight,
+    source: &dyn Source,
+    compute: DType,
+    pool: &Pool,
+) -> Result<Stored, QuantError> {
+    match weight {
+        Weight::Packed { format, of } => quantize(weight, *format, of, source, compute, pool),
+        Weight::Slice { axis, start, end, of } if of.format().is_some() => match narrowed(*axis, *start, *end, of) {
+            Some(inner) => materialize_with(&inner, source, compute, pool),
+            None => pack::slice(weight, &materialize(of, source, compute)?, *axis, *start, *end),
+        },
+        Weight::Concat { axis, parts } if weight.format().is_some() => {
+            let parts: Vec<_> =
+                parts.iter().map(|part| materialize(part, source, compute)).collect::<Result<_, _>>()?;
+            pack::concat(weight, *axis, &parts)
+        }
+        _ => convert_plain(weight, source, compute, pool),
+    }
+}
+
+/// Logical values of a weight as it would be stored for `compute`, in its logical shape.
+pub fn materialize_f32(weight: &Weight, source: &dyn Source, compute: DType) -> Result<Vec<f32>, QuantError> {
+    Ok(materialize(weight, source, compute)?.to_f32())
+}
+
+/// Type and shape that the weight is stored with, and those of its scales; no data is read. `None` for expressions that
+/// [`materialize`] refuses by their form alone.
+pub(crate) fn stored_shapes(
+    weight: &Weight,
+    source: &dyn Source,
+    compute: DType,
+) -> Result<(DType, Vec<usize>, Option<Vec<usize>>), QuantError> {
+    let shape = weight.shape();
+    match (weight.format(), &shape[..]) {
+        (Some(format), [out, input]) => {
+            count(weight, &shape)?;
+            for (name, shape) in weight.tensors() {
+                Plain::new(&Weight::tensor(name, shape), source)?;
+            }
+            let scale = match format {
+                Format::Int4 { group } => vec![input.checked_div(group).unwrap_or_default(), *out],
+                Format::Int8 => vec![*out],
+            };
+            Ok((format.dtype(), vec![*input, *out], Some(scale)))
+        }
+        (Some(_), _) => Err(not_a_matrix(weight, &shape)),
+        (None, _) => {
+            let plain = Plain::new(weight, source)?;
+            Ok((if plain.dtype.is_float() { compute } else { plain.dtype }, plain.shape, None))
+        }
+    }
+}
+
+/// A slice of a quantized matrix as the quantized matrix of a slice, where both are the same: where no scale is cut.
+fn narrowed(axis: usize, start: usize, end: usize, of: &Weight) -> Option<Weight> {
+    let Weight::Packed { format, of } = of else { return None };
+    let shape = of.shape();
+    let step = match (axis, format) {
+        (0, _) => 8 / format.dtype().bits(),
+        (1, Format::Int4 { group }) if shape.get(1)?.is_multiple_of(*group) => *group,
+        _ => return None,
+    };
+    if !start.is_multiple_of(step) || !end.is_multiple_of(step) || start > end || end > *shape.get(axis)? {
+        return None;
+    }
+    let of = Box::new(Weight::Slice { axis, start, end, of: of.clone() });
+    Some(Weight::Packed { format: *format, of })
+}
+
+fn not_a_matrix(weight: &Weight, shape: &[usize]) -> QuantError {
+    QuantError::Expression { weight: weight.key(), reason: format!("shape {shape:?} is no matrix `[out, in]`") }
+}
+
+fn quantize(
+    weight: &Weight,
+    format: Format,
+    of: &Weight,
+    source: &dyn Source,
+    compute: DType,
+    pool: &Pool,
+) -> Result<Stored, QuantError> {
+    let plain = Plain::new(of, source)?;
+    let [out, input] = plain.shape[..] else { return Err(not_a_matrix(weight, &plain.shape)) };
+    if !plain.dtype.is_float() {
+        let tensor = of.tensors().first().map(|tensor| tensor.0.to_string()).unwrap_or_default();
+        return Err(QuantError::Type { tensor, found: plain.dtype, wanted: "a float type to quantize".into() });
+    }
+    if !compute.is_float() {
+        let reason = format!("scales of type `{compute}` are not floats");
+        return Err(QuantError::Expression { weight: weight.key(), reason });
+    }
+    if let Format::Int4 { group } = format {
+        if group == 0 || !input.is_multiple_of(group) {
+            return Err(QuantError::Group { weight: weight.key(), found: input, group });
+        }
+        if !out.is_multiple_of(2) {
+            return Err(QuantError::OddOutputs { weight: weight.key(), found: out });
+        }
+    }
+    let (bytes, scales) = matrix::quantize(&plain, source, format, compute, pool)?;
+    let scale = Stored { dtype: compute, shape: format.scale_shape(out, input), bytes: scales, scale: None };
+    Ok(Stored { dtype: format.dtype(), shape: vec![input, out], bytes, scale: Some(Box::new(scale)) })
+}
+
+fn convert_plain(weight: &Weight, source: &dyn Source, compute: DType, pool: &Pool) -> Result<Stored, QuantError> {
+    let plain = Plain::new(weight, source)?;
+    let shape = plain.shape.clone();
+    let plain = plain.flat();
+    let dtype = if plain.dtype.is_float() { compute } else { plain.dtype };
+    let row = plain.row_bytes() / plain.dtype.bytes(1);
+    let mut bytes = pool.take(dtype.bytes(count(weight, &shape)?));
+    let rows = (BLOCK / plain.row_bytes().max(1)).max(1);
+    bytes.par_chunks_mut((rows * dtype.bytes(row)).max(1)).enumerate().try_for_each(|(block, into)| {
+        if dtype == plain.dtype {
+            return plain.read(source, block * rows, into);
+        }
+        let values = into.len() / dtype.bytes(1);
+        let mut read = vec![0u8; plain.dtype.bytes(values)];
+        plain.read(source, block * rows, &mut read)?;
+        let values = convert::to_f32(plain.dtype, &read);
+        match convert::narrow(&values, dtype, into) {
+            None => Ok(()),
+            Some(at) => {
+                let index = place(block * rows * row + at, &shape);
+                let (tensor, index) = Plain::new(weight, source)?.locate(index);
+                Err(QuantError::Overflow { tensor, index, value: values[at], dtype })
+            }
+        }
+    })?;
+    Ok(Stored { dtype, shape, bytes, scale: None })
+}
+
+/// The index of the element at a place in row-major order.
+fn place(mut at: usize, shape: &[usize]) -> Vec<usize> {
+    let mut index = vec![0; shape.len()];
+    for (index, size) in index.iter_mut().zip(shape).rev() {
+        (*index, at) = (at % size, at / size);
+    }
+    index
+}

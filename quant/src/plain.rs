@@ -1,0 +1,196 @@
+//! Weight expressions without quantization, read by rows: only the bytes that a block needs leave the source.
+use crate::{QuantError, Source};
+use graphs::{DType, Weight};
+use std::ops::Range;
+
+/// Runs of at least this many bytes are read each on its own; shorter ones within their whole rows.
+const DIRECT: usize = 4096;
+/// Whole rows that are read to copy a part of them come in blocks of about this many bytes.
+const BLOCK: usize = 1 << 20;
+
+/// A checked plain expression. A row is an index of axis 0; a scalar has one row.
+pub(crate) struct Plain<'a> {
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<usize>,
+    node: Node<'a>,
+}
+
+enum Node<'a> {
+    Tensor(&'a str),
+    Slice { axis: usize, start: usize, of: Box<Plain<'a>> },
+    Concat { axis: usize, parts: Vec<Plain<'a>> },
+}
+
+fn refuse<T>(weight: &Weight, reason: String) -> Result<T, QuantError> {
+    Err(QuantError::Expression { weight: weight.key(), reason })
+}
+
+/// Product of a shape, refused where it is no possible size.
+pub(crate) fn count(weight: &Weight, shape: &[usize]) -> Result<usize, QuantError> {
+    match shape.iter().try_fold(8usize, |product, size| product.checked_mul(*size)) {
+        Some(bits) if bits <= isize::MAX as usize => Ok(bits / 8),
+        _ => refuse(weight, format!("shape {shape:?} is too large")),
+    }
+}
+
+impl<'a> Plain<'a> {
+    pub(crate) fn new(weight: &'a Weight, source: &dyn Source) -> Result<Plain<'a>, QuantError> {
+        let plain = match weight {
+            Weight::Tensor { name, shape } => {
+                let entry = source.entry(name).ok_or_else(|| QuantError::Missing { tensor: name.clone() })?;
+                if entry.shape != *shape {
+                    let wanted = shape.clone();
+                    return Err(QuantError::Shape { tensor: name.clone(), found: entry.shape, wanted });
+                }
+                if entry.dtype.bits() < 8 {
+                    let wanted = "a type of whole bytes".into();
+                    return Err(QuantError::Type { tensor: name.clone(), found: entry.dtype, wanted });
+                }
+                Plain { dtype: entry.dtype, shape: entry.shape, node: Node::Tensor(name) }
+            }
+            Weight::Slice { axis, start, end, of } => {
+                let of = Plain::new(of, source)?;
+                match of.shape.get(*axis) {
+                    Some(size) if start <= end && end <= size => {}
+                    _ => return refuse(weight, format!("a slice of shape {:?} is out of bounds", of.shape)),
+                }
+                let (dtype, shape) = (of.dtype, weight.shape());
+                Plain { dtype, shape, node: Node::Slice { axis: *axis, start: *start, of: Box::new(of) } }
+            }
+            Weight::Concat { axis, parts } => {
+                let parts = parts.iter().map(|part| Plain::new(part, source)).collect::<Result<Vec<_>, _>>()?;
+                let Some(first) = parts.first() else { return refuse(weight, "there are no parts".into()) };
+                for part in &parts {
+                    let outside = |shape: &[usize]| {
+                        shape
+                            .iter()
+                            .enumerate()
+                            .map(|(at, size)| if at == *axis { 0 } else { *size })
+                            .collect::<Vec<_>>()
+                    };
+                    if *axis >= first.shape.len() || outside(&part.shape) != outside(&first.shape) {
+                        let (one, other) = (&first.shape, &part.shape);
+                        return refuse(weight, format!("shapes {one:?} and {other:?} do not join along axis {axis}"));
+                    }
+                    if part.dtype != first.dtype {
+                        return refuse(weight, format!("parts are `{}` and `{}`", first.dtype, part.dtype));
+                    }
+                }
+                Plain { dtype: first.dtype, shape: weight.shape(), node: Node::Concat { axis: *axis, parts } }
+            }
+            Weight::Packed { .. } => {
+                return refuse(weight, "it is quantized twice, or joined with plain weights".into());
+            }
+        };
+        count(weight, &plain.shape)?;
+        Ok(plain)
+    }
+
+    /// The same tensor as one long axis, so that blocks of any size can be read from it; others stay as they are.
+    pub(crate) fn flat(mut self) -> Plain<'a> {
+        if let Node::Tensor(_) = self.node {
+            self.shape = vec![self.shape.iter().product()];
+        }
+        self
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.shape.first().copied().unwrap_or(1)
+    }
+
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.dtype.bytes(self.shape.iter().skip(1).product())
+    }
+
+    /// Reads rows `first..` into `buffer`, as many as it holds.
+    pub(crate) fn read(&self, source: &dyn Source, first: usize, buffer: &mut [u8]) -> Result<(), QuantError> {
+        let row_bytes = self.row_bytes();
+        if buffer.is_empty() || row_bytes == 0 {
+            return Ok(());
+        }
+        match &self.node {
+            Node::Tensor(name) => read(source, name, first * row_bytes, buffer),
+            Node::Slice { axis: 0, start, of } => of.read(source, start + first, buffer),
+            Node::Slice { axis, start, of } => {
+                let run = self.run_bytes(*axis);
+                let whole = of.run_bytes(*axis);
+                let skip = whole / of.shape.get(*axis).copied().unwrap_or(1).max(1) * start;
+                if let (Node::Tensor(name), DIRECT..) = (&of.node, run) {
+                    let first = first * (row_bytes / run);
+                    for (at, run) in buffer.chunks_exact_mut(run).enumerate() {
+                        read(source, name, (first + at) * whole + skip, run)?;
+                    }
+                    return Ok(());
+                }
+                let rows = (BLOCK / of.row_bytes()).max(1);
+                let mut scratch = Vec::new();
+                for (at, block) in buffer.chunks_mut(rows * row_bytes).enumerate() {
+                    scratch.resize(block.len() / row_bytes * of.row_bytes(), 0);
+                    of.read(source, first + at * rows, &mut scratch)?;
+                    for (run, whole) in block.chunks_exact_mut(run).zip(scratch.chunks_exact(whole)) {
+                        run.copy_from_slice(&whole[skip..skip + run.len()]);
+                    }
+                }
+                Ok(())
+            }
+            Node::Concat { axis: 0, parts } => {
+                let (mut begin, last) = (0, first + buffer.len() / row_bytes);
+                for part in parts {
+                    let overlap: Range<usize> = first.max(begin)..last.min(begin + part.rows());
+                    if !overlap.is_empty() {
+                        let bytes = (overlap.start - first) * row_bytes..(overlap.end - first) * row_bytes;
+                        part.read(source, overlap.start - begin, &mut buffer[bytes])?;
+                    }
+                    begin += part.rows();
+                }
+                Ok(())
+            }
+            Node::Concat { axis, parts } => {
+                let (run, rows) = (self.run_bytes(*axis), buffer.len() / row_bytes);
+                let (mut scratch, mut skip) = (Vec::new(), 0);
+                for part in parts {
+                    let own = part.run_bytes(*axis);
+                    if own == 0 {
+                        continue;
+                    }
+                    scratch.resize(rows * part.row_bytes(), 0);
+                    part.read(source, first, &mut scratch)?;
+                    for (whole, own) in buffer.chunks_exact_mut(run).zip(scratch.chunks_exact(own)) {
+                        whole[skip..skip + own.len()].copy_from_slice(own);
+                    }
+                    skip += own;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Bytes of one run along `axis`: everything from that axis on.
+    fn run_bytes(&self, axis: usize) -> usize {
+        self.dtype.bytes(self.shape.iter().skip(axis).product())
+    }
+
+    /// The checkpoint tensor that an element comes from, and its place there.
+    pub(crate) fn locate(&self, mut index: Vec<usize>) -> (String, Vec<usize>) {
+        match &self.node {
+            Node::Tensor(name) => (name.to_string(), index),
+            Node::Slice { axis, start, of } => {
+                index[*axis] += start;
+                of.locate(index)
+            }
+            Node::Concat { axis, parts } => {
+                for part in parts {
+                    if index[*axis] < part.shape[*axis] {
+                        return part.locate(index);
+                    }
+                    index[*axis] -= part.shape[*axis];
+                }
+                (String::new(), index)
+            }
+        }
+    }
+}
+
+fn read(source: &dyn Source, name: &str, offset: usize, buffer: &mut [u8]) -> Result<(), QuantError> {
+    source.read(name, offset as u64, buffer).map_err(|source| QuantError::Read { tensor: name.to_string(), source })
+}
