@@ -60,9 +60,19 @@ pub enum Event<'e> {
     /// Another build works on the same directory.
     Waiting(&'e Path),
     /// Bytes of a network's weights written, of all.
-    Weights { network: &'e str, done: u64, total: u64 },
-    Engine { network: &'e str, event: BuildEvent<'e> },
-    Built { network: &'e str, engine: &'e BuiltEngine },
+    Weights {
+        network: &'e str,
+        done: u64,
+        total: u64,
+    },
+    Engine {
+        network: &'e str,
+        event: BuildEvent<'e>,
+    },
+    Built {
+        network: &'e str,
+        engine: &'e BuiltEngine,
+    },
 }
 
 /// Writes the directory and moves it to its place when all of it is there.
@@ -168,8 +178,8 @@ fn store(
     let path = staging.place(&name)?;
     let mut progress = |done, total| events(Event::Weights { network: &network.name, done, total });
     let weights = stored.iter().copied();
-    let summary = quant::store_weights(weights, &compiled.source, compiled.dtype, &path, &mut progress)
-        .map_err(failed)?;
+    let summary =
+        quant::store_weights(weights, &compiled.source, compiled.dtype, &path, &mut progress).map_err(failed)?;
     staging.written(&name, FileEntry { bytes: summary.bytes, sha256: summary.sha256 });
     let file = StoredWeights::open(&path).map_err(failed)?;
     for weight in stored {

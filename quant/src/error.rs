@@ -74,10 +74,7 @@ impl QuantError {
                 format!("the nearest layer is `{path}`")
             }
             Self::UnknownPreset { .. } => {
-                format!(
-                    "presets: {}, and int4 with another group as `int4-gN`; or the path of a .toml recipe",
-                    crate::PRESETS.join(", ")
-                )
+                format!("presets: {}; or the path of a .toml recipe", crate::recipe::preset_names())
             }
             _ => return None,
         })

@@ -6,8 +6,10 @@ mod matrix;
 mod pack;
 mod plain;
 mod pool;
+mod recipe;
 mod round;
 mod source;
+mod store;
 mod strip;
 
 pub use convert::to_f32;
@@ -15,6 +17,8 @@ pub use error::QuantError;
 pub use materialize::{Stored, materialize, materialize_f32, materialize_with};
 pub use pack::{pack, unpack};
 pub use pool::Pool;
+pub use recipe::{Assignment, Recipe, assign};
 pub use source::{Entry, MemorySource, Source, SourceError};
-/// Names of the built-in recipes; besides them `int4-gN` takes any group.
+pub use store::{Layout, Place, StoreSummary, StoredWeights, layout, scale_key, store_weights};
+/// Names of the built-in recipes; besides them `int4-gN` takes groups of N and `int4-channel` none.
 pub const PRESETS: [&str; 3] = ["none", "int8", "int4"];

@@ -61,13 +61,12 @@ pub fn materialize_f32(weight: &Weight, source: &dyn Source, compute: DType) -> 
     Ok(materialize(weight, source, compute)?.to_f32())
 }
 
+/// Type and shape of a stored weight, and the shape of its scales.
+pub(crate) type StoredShapes = (DType, Vec<usize>, Option<Vec<usize>>);
+
 /// Type and shape that the weight is stored with, and those of its scales; no data is read. `None` for expressions that
 /// [`materialize`] refuses by their form alone.
-pub(crate) fn stored_shapes(
-    weight: &Weight,
-    source: &dyn Source,
-    compute: DType,
-) -> Result<(DType, Vec<usize>, Option<Vec<usize>>), QuantError> {
+pub(crate) fn stored_shapes(weight: &Weight, source: &dyn Source, compute: DType) -> Result<StoredShapes, QuantError> {
     let shape = weight.shape();
     match (weight.format(), &shape[..]) {
         (Some(format), [out, input]) => {

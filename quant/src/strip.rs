@@ -5,9 +5,9 @@ use half::{bf16, f16};
 use std::ops::Range;
 
 /// Bytes of a stored row that one strip fills: a cache line. A strip has so many rows of int8, twice as many of int4.
-pub(crate) const LINE: usize = 64;
+pub(crate) const LINE: usize = 128;
 /// Inputs that are quantized before they are transposed: `LINE` rows of them stay in the first cache level.
-const TILE: usize = 256;
+const TILE: usize = 64;
 /// Words of 8 columns that are transposed side by side.
 const WORDS: usize = 4;
 
@@ -193,6 +193,7 @@ fn transpose(tile: &[u8], turned: &mut [u8], into: &mut [&mut [u8]], begin: usiz
 
 /// Swaps the bytes outside `mask` of each lane with those inside of the lane `LANE` further.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "two lanes are changed at once")]
 fn swap<const LANE: usize>(words: &mut [[u64; WORDS]; 8], mask: u64) {
     for lane in [0, 1, 2, 3, 4, 5, 6, 7] {
         if lane & LANE == 0 {

@@ -39,21 +39,24 @@ pub struct Passed {
     pub assignments: Vec<Assignment>,
 }
 
+type Pass = fn(Passed, &Plan<'_>) -> Result<Passed, PassError>;
+
+/// THE list of passes, in order.
+const PASSES: &[(&str, Pass)] = &[("quantize", quantize::quantize)];
+
 /// Runs every pass in order.
 ///
 /// # Errors
 /// The first pass that fails, or whose result the verifier refuses.
 pub fn run(network: Network, plan: &Plan<'_>) -> Result<Passed, PassError> {
     let mut passed = Passed { network, assignments: Vec::new() };
-    let passes: [(&'static str, fn(Passed, &Plan) -> Result<Passed, PassError>); 1] = [("quantize", quantize::quantize)];
-    for (number, (name, pass)) in passes.into_iter().enumerate() {
+    for (number, (name, pass)) in PASSES.iter().enumerate() {
         passed = pass(passed, plan)?;
         graphs::verify(&passed.network).map_err(|source| PassError::Broken { pass: name, source })?;
         if let Some(folder) = &plan.dump {
             let path = folder.join(format!("{}-{number}-{name}.txt", passed.network.name));
-            let write = std::fs::create_dir_all(folder).and_then(|()| {
-                std::fs::write(&path, graphs::print(&passed.network))
-            });
+            let write =
+                std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&path, graphs::print(&passed.network)));
             write.map_err(|source| PassError::Dump { path, source })?;
         }
     }

@@ -5,8 +5,11 @@ use std::collections::HashMap;
 
 pub(super) fn quantize(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed, PassError> {
     let network = &mut passed.network;
-    let linears = network.nodes.iter().filter_map(|node| match (&node.op, node.op.weights().first()?.shape()[..]) {
-        (Op::Linear { .. }, [out, width]) => Some((node.path.as_str(), out, width)),
+    let linears = network.nodes.iter().filter_map(|node| match &node.op {
+        Op::Linear { weight, .. } => match weight.shape()[..] {
+            [out, width] => Some((node.path.as_str(), out, width)),
+            _ => None,
+        },
         _ => None,
     });
     passed.assignments = quant::assign(plan.recipe, linears)

@@ -1,8 +1,8 @@
 //! The reference target: the network text and the stored weights of an engine directory, interpreted on the CPU.
 use super::{Executor, RuntimeError};
 use crate::engine_dir::{EngineConfig, EngineDirectory};
-use graphs::interpret::{Array, Caches, Interpreter, Values};
 use graphs::Network;
+use graphs::interpret::{Array, Caches, Interpreter, Values};
 use std::collections::BTreeMap;
 
 /// File names of the reference target in a sub-network's folder.
@@ -28,8 +28,7 @@ impl Reference {
     pub fn open(directory: &EngineDirectory) -> Result<Reference, RuntimeError> {
         let load = |name: &str| -> Result<Interpreter, RuntimeError> {
             let path = directory.file(&format!("{name}/{NETWORK}"))?;
-            let text = std::fs::read_to_string(&path)
-                .map_err(crate::engine_dir::DirectoryError::io("read", &path))?;
+            let text = std::fs::read_to_string(&path).map_err(crate::engine_dir::DirectoryError::io("read", &path))?;
             let network = graphs::parse(&text)?;
             graphs::verify(&network)?;
             let weights = quant::StoredWeights::open(&directory.file(&format!("{name}/{WEIGHTS}"))?)?;
@@ -155,7 +154,8 @@ fn best(logits: &Array) -> Result<Vec<u32>, RuntimeError> {
     let width = logits.shape.last().copied().unwrap_or(1).max(1);
     let row = |row: &[f32]| {
         let start = (0, f32::NEG_INFINITY);
-        row.iter().enumerate().fold(start, |best, (id, &value)| if value > best.1 { (id, value) } else { best }).0 as u32
+        row.iter().enumerate().fold(start, |best, (id, &value)| if value > best.1 { (id, value) } else { best }).0
+            as u32
     };
     Ok(values.chunks_exact(width).map(row).collect())
 }

@@ -158,9 +158,7 @@ impl Session {
         let pictures = ask.pictures.len();
         let (prompt, add_special_tokens) = match (&self.processor.chat, chat) {
             (_, false) => (ask.prompt.to_owned(), true),
-            (Some(template), true) => {
-                template.render(&[ChatMessage { role: "user", text: ask.prompt, pictures }])?
-            }
+            (Some(template), true) => template.render(&[ChatMessage { role: "user", text: ask.prompt, pictures }])?,
             (None, true) => return Err(RuntimeError::NoChatTemplate),
         };
         let request = PromptRequest { prompt: &prompt, pictures, first_picture, add_special_tokens };
@@ -173,10 +171,7 @@ impl Session {
             (Some([height, width]), Some((found_height, found_width)))
                 if (height, width) != (found_height, found_width) =>
             {
-                Err(RuntimeError::PictureSize {
-                    found: [found_height, found_width],
-                    wanted: [height, width],
-                })
+                Err(RuntimeError::PictureSize { found: [found_height, found_width], wanted: [height, width] })
             }
             _ => Ok(()),
         }

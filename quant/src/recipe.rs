@@ -1,0 +1,290 @@
+//! Recipes: which layer gets which format. Rules are tried in order and the first whose glob matches a layer's path
+//! decides; a layer that no rule matches stays as it is.
+//!
+//! ```toml
+//! name = "mine"
+//! [[rule]]
+//! match = "**.mlp.{gate,up}_proj"
+//! format = "int4"
+//! group = 128
+//! fallback = [64, 32]
+//! ```
+use crate::{PRESETS, QuantError};
+use globset::{GlobBuilder, GlobMatcher};
+use graphs::Format;
+use serde::Deserialize;
+use std::path::Path;
+
+/// Groups that presets fall back to where 128 does not divide a layer's width.
+const FALLBACK: [usize; 3] = [64, 32, 16];
+
+pub struct Recipe {
+    pub name: String,
+    rules: Vec<Rule>,
+    /// Presets keep what they cannot quantize; a user's recipe means what it says.
+    preset: bool,
+}
+
+struct Rule {
+    pattern: String,
+    glob: GlobMatcher,
+    choice: Choice,
+}
+
+enum Choice {
+    None,
+    Int8,
+    /// The first of these groups that divides the layer's width; empty for one group per output channel.
+    Int4 {
+        groups: Vec<usize>,
+    },
+}
+
+/// What was chosen for one layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Assignment {
+    pub path: String,
+    pub format: Option<Format>,
+    /// Number of the deciding rule, from 0.
+    pub rule: Option<usize>,
+    /// What differs from the rule's word, and why.
+    pub note: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RecipeText {
+    name: String,
+    #[serde(default)]
+    rule: Vec<RuleText>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RuleText {
+    #[serde(rename = "match")]
+    pattern: String,
+    format: FormatText,
+    group: Option<usize>,
+    #[serde(default)]
+    fallback: Vec<usize>,
+}
+
+#[derive(Clone, Copy, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum FormatText {
+    None,
+    Int8,
+    Int4,
+}
+
+impl Recipe {
+    /// A preset by its name, else a file.
+    ///
+    /// # Errors
+    /// Neither a preset nor a readable recipe.
+    pub fn load(name: &str) -> Result<Recipe, QuantError> {
+        if let Some(preset) = Recipe::preset(name) {
+            return Ok(preset);
+        }
+        if Path::new(name).extension().is_none_or(|extension| extension != "toml") {
+            return Err(QuantError::UnknownPreset { name: name.into() });
+        }
+        let text = std::fs::read_to_string(name)
+            .map_err(|error| QuantError::Recipe { file: name.into(), message: error.to_string() })?;
+        Recipe::parse(&text, name)
+    }
+
+    /// `none`, `int8`, `int4` (groups of 128, smaller where that does not divide), `int4-gN` (groups of N),
+    /// `int4-channel` (one scale per output). All leave the head as it is.
+    pub fn preset(name: &str) -> Option<Recipe> {
+        let choice = match name {
+            "none" => Choice::None,
+            "int8" => Choice::Int8,
+            "int4" => Choice::Int4 { groups: [&[128][..], &FALLBACK].concat() },
+            "int4-channel" => Choice::Int4 { groups: Vec::new() },
+            _ => {
+                let group = name.strip_prefix("int4-g")?.parse().ok().filter(|&group| valid_group(group))?;
+                Choice::Int4 { groups: vec![group] }
+            }
+        };
+        let rule = |pattern: &str, choice| Some(Rule { pattern: pattern.into(), glob: glob(pattern).ok()?, choice });
+        let rules = vec![rule("{**.,}lm_head", Choice::None)?, rule("**", choice)?];
+        Some(Recipe { name: name.into(), rules, preset: true })
+    }
+
+    /// # Errors
+    /// What does not read as a recipe, with `origin` and the line.
+    pub fn parse(text: &str, origin: &str) -> Result<Recipe, QuantError> {
+        let fail = |message: String| QuantError::Recipe { file: origin.into(), message };
+        let parsed: RecipeText = toml::from_str(text).map_err(|error| fail(error.to_string().trim().to_owned()))?;
+        let rule = |(number, rule): (usize, RuleText)| {
+            let fail = |reason: String| fail(format!("rule {number} (`{}`): {reason}", rule.pattern));
+            if rule.format != FormatText::Int4 && (rule.group.is_some() || !rule.fallback.is_empty()) {
+                return Err(fail("only `int4` has groups".into()));
+            }
+            let groups = [&[rule.group.unwrap_or(128)], &rule.fallback[..]].concat();
+            if let Some(group) = groups.iter().find(|&&group| !valid_group(group)) {
+                return Err(fail(format!("group {group}: wanted a multiple of 16 up to 65536")));
+            }
+            let choice = match rule.format {
+                FormatText::None => Choice::None,
+                FormatText::Int8 => Choice::Int8,
+                FormatText::Int4 => Choice::Int4 { groups },
+            };
+            let glob = glob(&rule.pattern).map_err(|error| fail(error.kind().to_string()))?;
+            Ok(Rule { pattern: rule.pattern, glob, choice })
+        };
+        let rules = parsed.rule.into_iter().enumerate().map(rule).collect::<Result<_, _>>()?;
+        Ok(Recipe { name: parsed.name, rules, preset: false })
+    }
+}
+
+fn valid_group(group: usize) -> bool {
+    group > 0 && group.is_multiple_of(16) && group <= 65536
+}
+
+/// Paths have `.` where globs have `/`.
+fn glob(pattern: &str) -> Result<GlobMatcher, globset::Error> {
+    let slashed = pattern.replace('.', "/");
+    GlobBuilder::new(&slashed).literal_separator(true).build().map(|glob| glob.compile_matcher())
+}
+
+/// Chooses a format for each linear layer: path, outputs, inputs.
+///
+/// # Errors
+/// A rule that matches no layer, or a layer that cannot have what a user's rule says.
+pub fn assign<'a>(
+    recipe: &Recipe,
+    linears: impl Iterator<Item = (&'a str, usize, usize)>,
+) -> Result<Vec<Assignment>, QuantError> {
+    let mut used = vec![false; recipe.rules.len()];
+    let mut assignments = Vec::new();
+    for (path, outputs, inputs) in linears {
+        let slashed = path.replace('.', "/");
+        let matching = recipe.rules.iter().enumerate().filter(|(_, rule)| rule.glob.is_match(&slashed));
+        let mut matching = matching.map(|(number, rule)| {
+            used[number] = true;
+            (number, rule)
+        });
+        let first = matching.next();
+        // Rules after the first that match are of use too: another layer's earlier rule may have taken this one away.
+        matching.for_each(drop);
+        let (format, note) = match first {
+            Some((_, rule)) => choose(recipe, rule, path, outputs, inputs)?,
+            None => (None, None),
+        };
+        let rule = first.map(|(number, _)| number);
+        assignments.push(Assignment { path: path.into(), format, rule, note });
+    }
+    let unused = used.iter().position(|used| !used).filter(|_| !recipe.preset);
+    if let Some(rule) = unused {
+        let pattern = recipe.rules[rule].pattern.clone();
+        let nearest = nearest(&pattern, &assignments);
+        return Err(QuantError::RuleUnused { recipe: recipe.name.clone(), rule, pattern, nearest });
+    }
+    Ok(assignments)
+}
+
+type Chosen = (Option<Format>, Option<String>);
+
+fn choose(recipe: &Recipe, rule: &Rule, path: &str, outputs: usize, inputs: usize) -> Result<Chosen, QuantError> {
+    let groups = match &rule.choice {
+        Choice::None => return Ok((None, None)),
+        Choice::Int8 => return Ok((Some(Format::Int8), None)),
+        Choice::Int4 { groups } => groups,
+    };
+    if !outputs.is_multiple_of(2) {
+        let note = format!("kept: {outputs} outputs, int4 wants an even number");
+        let refused = QuantError::OddLayer { path: path.into(), found: outputs };
+        return if recipe.preset { Ok((None, Some(note))) } else { Err(refused) };
+    }
+    let Some(&first) = groups.first() else { return Ok((Some(Format::Int4 { group: inputs }), None)) };
+    match groups.iter().copied().find(|group| inputs.is_multiple_of(*group)) {
+        Some(group) if group == first => Ok((Some(Format::Int4 { group }), None)),
+        Some(group) => {
+            let note = format!("group {group}: {first} does not divide {inputs}");
+            Ok((Some(Format::Int4 { group }), Some(note)))
+        }
+        None if recipe.preset && groups.len() > 1 => Ok((None, Some(format!("kept: no group divides {inputs}")))),
+        None => Err(QuantError::NoGroup {
+            recipe: recipe.name.clone(),
+            path: path.into(),
+            found: inputs,
+            groups: groups.clone(),
+        }),
+    }
+}
+
+/// The path that shares the longest run of whole name parts with the pattern.
+fn nearest(pattern: &str, assignments: &[Assignment]) -> Option<String> {
+    let parts: Vec<&str> = pattern.split(['.', '*', '{', '}', ',']).filter(|part| !part.is_empty()).collect();
+    let shared = |path: &str| path.split('.').filter(|part| parts.contains(part)).count();
+    assignments.iter().max_by_key(|choice| shared(&choice.path)).map(|choice| choice.path.clone())
+}
+
+/// Names for messages.
+pub(crate) fn preset_names() -> String {
+    format!("{}, int4-channel, int4-gN", PRESETS.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAYERS: [(&str, usize, usize); 4] = [
+        ("model.layers.0.self_attn.q_proj", 576, 576),
+        ("model.layers.0.mlp.down_proj", 576, 1536),
+        ("model.layers.0.odd", 7, 128),
+        ("lm_head", 49152, 576),
+    ];
+
+    fn formats(recipe: &Recipe) -> Vec<Option<Format>> {
+        assign(recipe, LAYERS.into_iter()).unwrap().into_iter().map(|choice| choice.format).collect()
+    }
+
+    #[test]
+    fn presets() {
+        let int4 = |group| Some(Format::Int4 { group });
+        let int8 = Some(Format::Int8);
+        assert_eq!(formats(&Recipe::preset("none").unwrap()), [None; 4]);
+        assert_eq!(formats(&Recipe::preset("int8").unwrap()), [int8, int8, int8, None]);
+        assert_eq!(formats(&Recipe::preset("int4").unwrap()), [int4(64), int4(128), None, None]);
+        assert_eq!(formats(&Recipe::preset("int4-g32").unwrap()), [int4(32), int4(32), None, None]);
+        assert_eq!(formats(&Recipe::preset("int4-channel").unwrap()), [int4(576), int4(1536), None, None]);
+        let notes = assign(&Recipe::preset("int4").unwrap(), LAYERS.into_iter()).unwrap();
+        assert_eq!(notes[0].note.as_deref(), Some("group 64: 128 does not divide 576"));
+        assert_eq!(notes[2].note.as_deref(), Some("kept: 7 outputs, int4 wants an even number"));
+        assert!(["int5", "int4-g", "int4-g7", "int4-g0"].into_iter().all(|name| Recipe::preset(name).is_none()));
+    }
+
+    #[test]
+    fn the_first_rule_that_matches_decides() {
+        let text = "name = 'mine'\n[[rule]]\nmatch = '**.{q,k}_proj'\nformat = 'int8'\n\
+                    [[rule]]\nmatch = 'model.layers.*.*.*'\nformat = 'int4'\ngroup = 256\nfallback = [64]";
+        let recipe = Recipe::parse(text, "r.toml").unwrap();
+        assert_eq!(formats(&recipe), [Some(Format::Int8), Some(Format::Int4 { group: 256 }), None, None]);
+    }
+
+    #[test]
+    fn errors() {
+        let parse = |rule: &str| match Recipe::parse(&format!("name = 'x'\n[[rule]]\n{rule}"), "r.toml") {
+            Ok(recipe) => assign(&recipe, LAYERS.into_iter()).unwrap_err().to_string(),
+            Err(error) => error.to_string(),
+        };
+        for (rule, message) in [
+            ("match = '**'\nformat = 'int5'", "unknown variant `int5`"),
+            ("match = '**'\nformat = 'int8'\ngruop = 3", "unknown field `gruop`"),
+            ("match = '**'\nformat = 'int8'\ngroup = 32", "rule 0 (`**`): only `int4` has groups"),
+            ("match = '**'\nformat = 'int4'\ngroup = 12", "group 12: wanted a multiple of 16"),
+            ("match = '{a'\nformat = 'int8'", "rule 0 (`{a`)"),
+            ("match = '**.v_proj'\nformat = 'int8'", "rule 0 (`**.v_proj`) matches no linear layer"),
+            ("match = '**.q_proj'\nformat = 'int4'", "layer `model.layers.0.self_attn.q_proj` has 576 inputs"),
+            ("match = '**.odd'\nformat = 'int4'", "layer `model.layers.0.odd` has 7 outputs"),
+        ] {
+            let found = parse(rule);
+            assert!(found.contains(message), "{found}");
+        }
+        assert_eq!(Recipe::load("int9").err().unwrap().to_string(), "there is no quantization preset `int9`");
+    }
+}
