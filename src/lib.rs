@@ -1,12 +1,17 @@
 //! trtvlm compiles vision-language checkpoints into TensorRT engines.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 pub mod assemble;
+pub mod backend;
 pub mod builder;
 pub mod checkpoint;
+pub mod cli;
+pub mod commands;
 pub mod compile;
 pub mod engine_dir;
+pub mod failure;
 pub mod lower;
 pub mod passes;
 pub mod processor;
+pub mod report;
 pub mod runtime;
 pub mod source;

@@ -138,6 +138,13 @@ impl HashingWriter {
     }
 }
 
+#[derive(serde::Deserialize)]
+struct Entry {
+    dtype: String,
+    shape: Vec<usize>,
+    data_offsets: [u64; 2],
+}
+
 /// Where a tensor lies in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -173,18 +180,19 @@ impl StoredWeights {
         }
         let mut text = vec![0; length as usize];
         file.read_exact_at(&mut text, 8).map_err(io)?;
-        let (_, metadata) = safetensors::SafeTensors::read_metadata(&[&length.to_le_bytes(), &text[..]].concat())
-            .map_err(|error| refuse(error.to_string()))?;
+        let entries: BTreeMap<String, Value> =
+            serde_json::from_slice(&text).map_err(|error| refuse(format!("its header is no JSON: {error}")))?;
         let mut places = HashMap::new();
-        for (key, info) in metadata.tensors() {
-            let dtype = DType::parse(&info.dtype.to_string())
-                .ok_or_else(|| refuse(format!("tensor `{key}` has type {}", info.dtype)))?;
-            let (start, end) = info.data_offsets;
-            let offset = 8 + length + start as u64;
-            if offset + (end - start) as u64 > size {
-                return Err(refuse(format!("tensor `{key}` ends past the file's {size} bytes")));
+        for (key, entry) in entries.into_iter().filter(|(key, _)| key != "__metadata__") {
+            let Entry { dtype, shape, data_offsets: [start, end] } =
+                serde_json::from_value(entry).map_err(|error| refuse(format!("tensor `{key}`: {error}")))?;
+            let dtype = DType::parse(&dtype).ok_or_else(|| refuse(format!("tensor `{key}` has type {dtype}")))?;
+            let (offset, bytes) = ((8 + length).saturating_add(start), end.saturating_sub(start));
+            let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
+            if count.map(|count| dtype.bytes(count) as u64) != Some(bytes) || offset.saturating_add(bytes) > size {
+                return Err(refuse(format!("tensor `{key}` of {dtype}{shape:?} at {start}..{end} does not fit")));
             }
-            places.insert(key, Place { dtype, shape: info.shape.clone(), offset, bytes: (end - start) as u64 });
+            places.insert(key, Place { dtype, shape, offset, bytes });
         }
         Ok(StoredWeights { path: path.into(), file, places })
     }

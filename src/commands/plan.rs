@@ -1,0 +1,146 @@
+//! `plan`: what a build would do, from headers alone.
+use super::build::{compile_reported, request};
+use crate::cli::{PlanArgs, Target};
+use crate::compile::Compiled;
+use crate::failure::Failure;
+use crate::passes::Passed;
+use crate::report::{Printer, bytes, table};
+use graphs::Format;
+use quant::Layout;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+/// Peak own memory of a TensorRT-RTX build as a multiple of the bytes of its weights, by their format, and what the
+/// library takes for itself. Measured by `benches/build.rs`; a build reports what it really took.
+const OWN_MEMORY: [(&str, f64); 3] = [("plain", 1.8), ("int8", 1.2), ("int4", 2.4)];
+const LIBRARY_BYTES: f64 = 130e6;
+
+/// One weight: where it comes from and what becomes of it.
+struct Row {
+    path: String,
+    sources: Vec<String>,
+    stored: String,
+    bytes: u64,
+    note: Option<String>,
+}
+
+pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
+    let compiled = compile_reported(&request(&args.options), printer)?;
+    let mut networks = Vec::new();
+    let mut summary = Vec::new();
+    for passed in &compiled.networks {
+        let rows = rows(&compiled, passed)?;
+        let weights: u64 = rows.iter().map(|row| row.bytes).sum();
+        let rtx = args.options.target.contains(&Target::Rtx).then(|| own_memory(&rows));
+        summary.push(vec![
+            passed.network.name.clone(),
+            formats(passed),
+            rows.len().to_string(),
+            bytes(weights),
+            rtx.map_or_else(|| "-".into(), bytes),
+        ]);
+        networks.push(network_json(&compiled, passed, &rows, weights, rtx));
+    }
+    let sizes = compiled.sizes;
+    if printer.is_json() {
+        let ignored = &compiled.source.coverage().ignored;
+        printer.json(&json!({
+            "schema": 1, "model": args.options.model, "dtype": compiled.dtype, "sizes": sizes,
+            "quantization": compiled.quantization, "networks": networks, "ignored": ignored,
+        }));
+        return Ok(());
+    }
+    if printer.is_verbose() {
+        for passed in &compiled.networks {
+            let lines: Vec<Vec<String>> = rows(&compiled, passed)?
+                .into_iter()
+                .map(|row| vec![row.path, row.stored, bytes(row.bytes), row.note.unwrap_or_default()])
+                .collect();
+            printer.data(&table(&["weight", "stored as", "bytes", "note"], &lines));
+        }
+    }
+    printer.data(&table(&["network", "formats", "weights", "bytes", "RTX build memory"], &summary));
+    printer.data(&format!(
+        "type {}; at most {} requests, {} prompt and {} new tokens, {} rows of picture features",
+        compiled.dtype,
+        sizes.max_batch_size,
+        sizes.max_input_len,
+        sizes.max_output_len,
+        sizes.max_prompt_embedding_table_size
+    ));
+    let notes = compiled.networks.iter().flat_map(|passed| &passed.assignments).filter(|choice| choice.note.is_some());
+    let notes: Vec<_> = notes.collect();
+    if let [first, ..] = notes[..] {
+        let note = first.note.clone().unwrap_or_default();
+        printer.data(&format!(
+            "{} layers differ from the recipe's first choice (`{}`: {note}); -v lists them",
+            notes.len(),
+            first.path
+        ));
+    }
+    Ok(())
+}
+
+fn rows(compiled: &Compiled, passed: &Passed) -> Result<Vec<Row>, Failure> {
+    let notes: BTreeMap<&str, &String> =
+        passed.assignments.iter().filter_map(|choice| Some((choice.path.as_str(), choice.note.as_ref()?))).collect();
+    let mut seen = std::collections::BTreeSet::new();
+    let mut rows = Vec::new();
+    for (node, weight) in passed.network.weights() {
+        if !seen.insert(weight.key()) {
+            continue;
+        }
+        let parts = quant::layout(weight, &compiled.source, compiled.dtype)?;
+        let name = |name: &str| compiled.source.tensor(name).map_or(name, |(stored, _)| stored).to_owned();
+        let shown = |part: &Layout| format!("{} {:?}", part.dtype, part.shape);
+        let note = notes.get(node.path.as_str()).map(|note| (*note).clone());
+        rows.push(Row {
+            path: weight.key(),
+            sources: weight.tensors().into_iter().map(|(tensor, _)| name(tensor)).collect(),
+            stored: parts.iter().map(shown).collect::<Vec<_>>().join(" + "),
+            bytes: parts.iter().map(|part| part.bytes).sum(),
+            note,
+        });
+    }
+    Ok(rows)
+}
+
+fn own_memory(rows: &[Row]) -> u64 {
+    let factor = |row: &Row| {
+        let format = OWN_MEMORY.iter().find(|(format, _)| row.stored.starts_with(format)).unwrap_or(&OWN_MEMORY[0]);
+        row.bytes as f64 * format.1
+    };
+    (LIBRARY_BYTES + rows.iter().map(factor).sum::<f64>()) as u64
+}
+
+/// `int4_g128 x 224, plain x 1` over the linear layers.
+fn formats(passed: &Passed) -> String {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for choice in &passed.assignments {
+        let name = choice.format.as_ref().map_or_else(|| passed.network.dtype.name().to_owned(), Format::to_string);
+        *counts.entry(name).or_default() += 1;
+    }
+    counts.iter().map(|(name, count)| format!("{name} x {count}")).collect::<Vec<_>>().join(", ")
+}
+
+fn network_json(compiled: &Compiled, passed: &Passed, rows: &[Row], weights: u64, rtx: Option<u64>) -> Value {
+    let tensors: Vec<Value> = rows
+        .iter()
+        .map(|row| {
+            json!({
+                "weight": row.path, "sources": row.sources, "stored": row.stored, "bytes": row.bytes, "note": row.note,
+            })
+        })
+        .collect();
+    let caches = passed.network.caches();
+    let cache_bytes: usize = caches
+        .iter()
+        .map(|cache| 2 * cache.kv_heads * cache.head_dim * compiled.sizes.max_seq_len * compiled.sizes.max_batch_size)
+        .sum::<usize>()
+        * compiled.dtype.bits()
+        / 8;
+    json!({
+        "name": passed.network.name, "nodes": passed.network.nodes.len(), "weight_bytes": weights,
+        "cache_bytes": cache_bytes, "rtx_build_memory_bytes": rtx, "weights": tensors,
+    })
+}

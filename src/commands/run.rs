@@ -1,0 +1,105 @@
+//! `run`: prompts and pictures in, answers out.
+use crate::cli::{RunArgs, Target};
+use crate::engine_dir::EngineDirectory;
+use crate::failure::{Exit, Failure};
+use crate::processor::{Picture, Processor};
+use crate::report::Printer;
+use crate::runtime::{AnswerOptions, Ask, Reference, Session};
+use serde_json::json;
+use std::time::Instant;
+
+pub fn run(args: &RunArgs, printer: &Printer) -> Result<(), Failure> {
+    let start = Instant::now();
+    let pictures: Vec<Picture> = args.image.iter().map(|path| Picture::open(path)).collect::<Result<_, _>>()?;
+    let mut session = open(&EngineDirectory::open(&args.directory)?, args.target)?;
+    let shares = share(args, &session, pictures.len())?;
+    let asks: Vec<Ask> = std::iter::zip(&args.prompt, shares)
+        .map(|(prompt, range)| Ask { prompt, pictures: pictures.get(range).unwrap_or_default() })
+        .collect();
+    let load_seconds = start.elapsed().as_secs_f64();
+    let options = AnswerOptions { max_new_tokens: args.max_new_tokens, chat: args.chat };
+    // One answer is shown as it is made; several would run into each other.
+    let stream = !printer.is_json() && asks.len() == 1;
+    let mut leading = true;
+    let mut on_text = |_: usize, piece: &str| {
+        let piece = if leading { piece.trim_start() } else { piece };
+        if stream && !piece.is_empty() {
+            leading = false;
+            printer.raw(piece);
+        }
+    };
+    let (answers, timings) = session.answer(&asks, options, &mut on_text)?;
+    if printer.is_json() {
+        let outputs: Vec<_> = answers
+            .iter()
+            .map(|answer| {
+                let reason = answer.finish_reason.name();
+                json!({ "token_ids": answer.token_ids, "text": answer.text, "finish_reason": reason })
+            })
+            .collect();
+        let mut timings = serde_json::to_value(timings).unwrap_or_default();
+        timings["load_seconds"] = json!(load_seconds);
+        printer.json(&json!({ "outputs": outputs, "timings": timings }));
+    } else if stream {
+        printer.raw("\n");
+    } else {
+        answers.iter().for_each(|answer| printer.data(&answer.text));
+    }
+    printer.note(&format!(
+        "{} new tokens, {:.1} a second in decode, first after {:.2} s",
+        timings.new_tokens,
+        timings.new_tokens.saturating_sub(answers.len()) as f64 / timings.decode_seconds.max(1e-9),
+        timings.preprocess_seconds + timings.vision_seconds + timings.prefill_seconds
+    ));
+    Ok(())
+}
+
+/// Loads a directory for one of its targets.
+pub(super) fn open(directory: &EngineDirectory, target: Target) -> Result<Session, Failure> {
+    let (name, hint) = match target {
+        Target::Reference => ("reference", "build with --target rtx,reference"),
+        Target::Rtx => ("rtx", "use --target reference: running TensorRT-RTX engines is not built yet"),
+        Target::Tensorrt => ("tensorrt", "use --target reference: running TensorRT engines is not built yet"),
+    };
+    if target != Target::Reference {
+        return Err(Failure::new(Exit::Refused, format!("target `{name}` cannot be run yet")).hint(Some(hint.into())));
+    }
+    if !directory.manifest.targets.contains_key(name) {
+        let found: Vec<&str> = directory.manifest.targets.keys().map(String::as_str).collect();
+        let message =
+            format!("`{}` was not built for target `{name}`, only for {}", directory.path.display(), found.join(", "));
+        return Err(Failure::new(Exit::Refused, message).hint(Some(hint.into())));
+    }
+    for name in directory.manifest.files.keys().filter(|name| name.starts_with(crate::engine_dir::PROCESSOR)) {
+        directory.file(name)?;
+    }
+    let processor = Processor::open(&directory.processor())?;
+    let reference = Reference::open(directory)?;
+    Ok(Session::new(Box::new(reference), processor, directory.config("language")?))
+}
+
+/// Which pictures belong to which prompt: by the placeholders that the prompts hold, else all to a single prompt, one to
+/// each, or the same one to all.
+fn share(args: &RunArgs, session: &Session, pictures: usize) -> Result<Vec<std::ops::Range<usize>>, Failure> {
+    let prompts = args.prompt.len();
+    let placeholder = session.placeholder();
+    let held: Vec<usize> = args
+        .prompt
+        .iter()
+        .map(|prompt| placeholder.as_deref().map_or(0, |placeholder| prompt.matches(placeholder).count()))
+        .collect();
+    if held.iter().sum::<usize>() == pictures {
+        let starts = held.iter().scan(0, |next, count| Some(std::mem::replace(next, *next + count)));
+        return Ok(std::iter::zip(starts, &held).map(|(start, count)| start..start + count).collect());
+    }
+    match (prompts, pictures) {
+        (1, _) => Ok(std::iter::once(0..pictures).collect()),
+        (_, 1) => Ok(vec![0..1; prompts]),
+        _ if pictures == prompts => Ok((0..prompts).map(|place| place..place + 1).collect()),
+        _ => {
+            let message = format!("{pictures} pictures do not share out over {prompts} prompts");
+            let hint = "give one picture, one for each prompt, or a placeholder for each in the prompts";
+            Err(Failure::new(Exit::Refused, message).hint(Some(hint.into())))
+        }
+    }
+}
