@@ -46,7 +46,7 @@ impl HubSettings {
     }
 
     /// HF_TOKEN, or the contents of the token file.
-    pub(crate) fn token(&self) -> Option<String> {
+    pub fn token(&self) -> Option<String> {
         let from_file = || std::fs::read_to_string(self.token_path.as_ref()?).ok();
         let token = self.token.clone().or_else(from_file)?.trim().to_owned();
         (!token.is_empty()).then_some(token)

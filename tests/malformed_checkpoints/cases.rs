@@ -247,10 +247,8 @@ pub(crate) const CASES: &[Case] = &[
     ),
     (
         "control name",
-        |d| {
-            header(d, &ONE.replace("\"a\"", "\"a\\u001b[2J\"`DIR/model.safetensors`: a tensor is named `a\\u{1b}[2J`, which holds control characters"), 8)
-        },
-        "",
+        |d| header(d, &ONE.replace("\"a\"", "\"a\\u001b[2J\""), 8),
+        "`DIR/model.safetensors`: a tensor is named `a\\u{1b}[2J`, which holds control characters",
     ),
     (
         "index is not JSON",
