@@ -1,0 +1,163 @@
+//! `build` and `run` on the reference target, through the binary.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod common;
+use common::*;
+use graphs::DType;
+use safetensors::SafeTensors;
+use serde_json::json;
+use std::path::Path;
+
+/// The golden's picture as a PNG, its prompt and its ids.
+fn golden(name: &str, folder: &Path) -> (String, String, Vec<u64>) {
+    let bytes = std::fs::read(fixture(name).join("golden.safetensors")).unwrap();
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let prompt = metadata.metadata().as_ref().unwrap()["prompt"].clone();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let picture = file.tensor("image_u8").unwrap();
+    let (height, width) = (picture.shape()[0] as u32, picture.shape()[1] as u32);
+    let path = folder.join("golden.png");
+    image::RgbImage::from_raw(width, height, picture.data().to_vec()).unwrap().save(&path).unwrap();
+    let ids = file.tensor("generated").unwrap();
+    let ids = ids.data().chunks_exact(8).map(|id| u64::from_le_bytes(id.try_into().unwrap())).collect();
+    (path.display().to_string(), prompt, ids)
+}
+
+#[test]
+fn llava_generates_what_transformers_generates() {
+    let root = tempfile::tempdir().unwrap();
+    for name in ["llava-hf", "llava-v4names", "llava-v5names"] {
+        let (picture, prompt, wanted) = golden(name, root.path());
+        let output = root.path().join(name);
+        build_reference(&fixture(name), &output, &["--max-batch-size", "2"]);
+        let count = wanted.len().to_string();
+        let found = run(&output, &["--image", &picture, "--prompt", &prompt, "--max-new-tokens", &count]);
+        assert_eq!(ids(&found[0]), wanted, "{name}");
+        // Another prompt of another length beside it, with the same picture, changes nothing; nor does the order.
+        let pair = ["--image", &picture, &picture, "--prompt", "Why?", &prompt, "--max-new-tokens", &count];
+        let found = run(&output, &pair);
+        assert_eq!(ids(&found[1]), wanted, "{name} in a batch");
+        let alone = run(&output, &["--image", &picture, "--prompt", "Why?", "--max-new-tokens", &count]);
+        assert_eq!(ids(&found[0]), ids(&alone[0]), "{name}, the other");
+    }
+}
+
+#[test]
+fn two_builds_are_equal_byte_for_byte() {
+    let root = tempfile::tempdir().unwrap();
+    let (first, second) = (root.path().join("a"), root.path().join("with a longer name"));
+    for output in [&first, &second] {
+        build_reference(&fixture("llava-hf"), output, &["--quant", "int4-g16", "--vision-quant", "int8"]);
+    }
+    assert_eq!(contents(&first), contents(&second));
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 2, "nothing else is left behind");
+    succeed(&["inspect", first.to_str().unwrap()]);
+}
+
+/// Greedy ids of a text prompt under a config and its tensors.
+fn answer(
+    root: &Path,
+    name: &str,
+    config: &serde_json::Value,
+    tensors: &Tensors,
+    dtype: DType,
+    shards: usize,
+) -> Vec<u64> {
+    let (checkpoint, output) = (root.join(format!("{name}-checkpoint")), root.join(name));
+    write_checkpoint(&checkpoint, config, tensors, dtype, shards);
+    build_reference(&checkpoint, &output, &["--dtype", "float32"]);
+    ids(&run(&output, &["--prompt", "What is shown in the image?", "--max-new-tokens", "12"])[0])
+}
+
+#[test]
+fn grouped_heads_equal_the_same_heads_repeated() {
+    let root = tempfile::tempdir().unwrap();
+    let grouped = llama_config(json!({ "num_key_value_heads": 2, "head_dim": 24, "rope_theta": 500000.0 }));
+    let tensors = random_tensors(&grouped);
+    let full = llama_config(json!({ "num_key_value_heads": 4, "head_dim": 24, "rope_parameters": {
+        "rope_theta": 500000.0, "rope_type": "default" } }));
+    let mut repeated = tensors.clone();
+    for (name, (shape, values)) in &mut repeated {
+        if name.contains("k_proj") || name.contains("v_proj") {
+            let head = values.len() / 2;
+            *values = values.chunks(head).flat_map(|head| [head, head].concat()).collect();
+            shape[0] *= 2;
+        }
+    }
+    let one = answer(root.path(), "grouped", &grouped, &tensors, DType::Float32, 1);
+    let other = answer(root.path(), "repeated", &full, &repeated, DType::Float32, 3);
+    assert_eq!(one, other);
+    assert!(one.iter().collect::<std::collections::BTreeSet<_>>().len() > 3, "the answer says something: {one:?}");
+}
+
+#[test]
+fn tied_heads_equal_a_head_that_repeats_the_embedding() {
+    let root = tempfile::tempdir().unwrap();
+    let tied = llama_config(json!({ "tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true }));
+    let tensors = random_tensors(&tied);
+    assert!(!tensors.contains_key("lm_head.weight"));
+    let untied = llama_config(json!({ "tie_word_embeddings": false, "attention_bias": true, "mlp_bias": true }));
+    let mut both = tensors.clone();
+    both.insert("lm_head.weight".into(), tensors["model.embed_tokens.weight"].clone());
+    let one = answer(root.path(), "tied", &tied, &tensors, DType::Float32, 1);
+    assert_eq!(one, answer(root.path(), "untied", &untied, &both, DType::Float32, 1));
+    // Files may hold the tied head all the same.
+    assert_eq!(one, answer(root.path(), "tied-twice", &tied, &both, DType::Float32, 1));
+}
+
+#[test]
+fn half_precision_files_are_read() {
+    let root = tempfile::tempdir().unwrap();
+    let config = llama_config(json!({}));
+    let rounded = |dtype: DType| {
+        let mut tensors = random_tensors(&config);
+        for value in tensors.values_mut().flat_map(|(_, values)| values) {
+            *value = match dtype {
+                DType::Float16 => half::f16::from_f32(*value).to_f32(),
+                _ => half::bf16::from_f32(*value).to_f32(),
+            };
+        }
+        tensors
+    };
+    for dtype in [DType::Float16, DType::Bfloat16] {
+        let tensors = rounded(dtype);
+        let half = answer(root.path(), &format!("half-{dtype}"), &config, &tensors, dtype, 2);
+        let full = answer(root.path(), &format!("full-{dtype}"), &config, &tensors, DType::Float32, 1);
+        assert_eq!(half, full, "{dtype}");
+    }
+}
+
+#[test]
+fn an_answer_ends_where_it_must() {
+    let root = tempfile::tempdir().unwrap();
+    let output = root.path().join("engines");
+    build_reference(&fixture("llava-hf"), &output, &["--max-input-len", "24", "--max-output-len", "5"]);
+    let found = run(&output, &["--prompt", "Hello"]);
+    assert_eq!((ids(&found[0]).len(), &found[0]["finish_reason"]), (5, &json!("length")));
+    assert!(ids(&run(&output, &["--prompt", "Hello", "--max-new-tokens", "0"])[0]).is_empty());
+    let directory = output.to_str().unwrap();
+    let long = "word ".repeat(60);
+    for (arguments, wanted) in [
+        (&["--prompt", "Hello", "--max-new-tokens", "6"][..], "6 new tokens were asked for, the engine makes 5"),
+        (&["--prompt", &long][..], "prompt"),
+        (&["--prompt", ""][..], "prompt"),
+        (&["--prompt", "<image> <image>", "--image", "nowhere.png"][..], "cannot read `nowhere.png`"),
+        (&["--prompt", "a", "--chat"][..], "the checkpoint has no chat template"),
+        (&["--prompt", "a", "--target", "rtx"][..], "target `rtx` cannot be run yet"),
+    ] {
+        let (code, text) = refuse(&[&["run", directory], arguments].concat());
+        assert!(code == 1 && text.contains(wanted), "{arguments:?}: {code} {text}");
+    }
+}
+
+#[test]
+fn a_changed_file_is_noticed() {
+    let root = tempfile::tempdir().unwrap();
+    let output = root.path().join("engines");
+    build_reference(&fixture("llava-hf"), &output, &[]);
+    let weights = output.join("language/weights.safetensors");
+    let mut content = std::fs::read(&weights).unwrap();
+    *content.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, content).unwrap();
+    let (code, text) = refuse(&["run", output.to_str().unwrap(), "--prompt", "Hello"]);
+    assert!(code == 1 && text.contains("was changed: wanted") && text.contains("build the directory again"), "{text}");
+}
