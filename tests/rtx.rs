@@ -1,0 +1,153 @@
+//! `build` for TensorRT-RTX, with the library itself: engines for what the reference runs, and what happens when
+//! TensorRT fails.
+#![cfg(feature = "rtx")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod common;
+use common::*;
+use graphs::DType;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+fn build(checkpoint: &Path, output: &Path, flags: &[&str]) {
+    let all = [&["build", checkpoint.to_str().unwrap(), "-o", output.to_str().unwrap(), "-q"], flags].concat();
+    succeed(&all);
+}
+
+fn manifest(directory: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(directory.join("manifest.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn every_type_and_scheme_builds() {
+    let root = tempfile::tempdir().unwrap();
+    for (dtype, quant, vision) in [
+        ("float16", "none", "none"),
+        ("float16", "int8", "int8"),
+        ("float16", "int4-g16", "int4-g16"),
+        ("bfloat16", "int4-g16", "int8"),
+        ("bfloat16", "none", "none"),
+        ("float32", "int8", "none"),
+        ("float32", "int4-channel", "none"),
+    ] {
+        let output = root.path().join(format!("{dtype}-{quant}-{vision}"));
+        let flags = ["--dtype", dtype, "--quant", quant, "--vision-quant", vision, "--gpu", "sm89,sm120"];
+        build(&fixture("llava-hf"), &output, &[&flags[..], &["--max-batch-size", "2"]].concat());
+        let entry = &manifest(&output)["targets"]["rtx"];
+        assert!(entry["library"].as_str().unwrap().starts_with("TensorRT-RTX 1."), "{entry}");
+        assert_eq!(entry["gpus"], json!(["sm89", "sm120"]));
+        for engine in ["vision/model.engine", "language/rank0.engine"] {
+            let path = output.join(engine);
+            let text = succeed(&["inspect", path.to_str().unwrap()]);
+            let text = String::from_utf8_lossy(&text.stdout).into_owned();
+            assert!(text.contains("for sm89 sm120"), "{engine}: {text}");
+        }
+    }
+}
+
+#[test]
+fn other_shapes_build() {
+    let root = tempfile::tempdir().unwrap();
+    let changes = [
+        json!({ "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": true }),
+        json!({ "num_key_value_heads": 2, "attention_bias": true, "mlp_bias": true, "hidden_act": "gelu" }),
+        json!({ "hidden_size": 36, "head_dim": 18, "num_attention_heads": 2, "intermediate_size": 50,
+                "rope_scaling": { "rope_type": "linear", "factor": 2.0 } }),
+    ];
+    for (number, changes) in changes.into_iter().enumerate() {
+        let config = llama_config(changes);
+        let checkpoint = root.path().join(format!("checkpoint-{number}"));
+        write_checkpoint(&checkpoint, &config, &random_tensors(&config), DType::Bfloat16, 2);
+        for quant in ["none", "int8"] {
+            build(&checkpoint, &root.path().join(format!("{number}-{quant}")), &["--quant", quant]);
+        }
+    }
+}
+
+/// The engines hold the very bytes that the reference reads: its weights lie in the plan.
+#[test]
+fn engines_hold_the_weights_of_the_reference() {
+    let root = tempfile::tempdir().unwrap();
+    let output = root.path().join("engines");
+    build(&fixture("llava-hf"), &output, &["--dtype", "float16", "--quant", "int8"]);
+    let plan = std::fs::read(output.join("language/rank0.engine")).unwrap();
+    let weights = std::fs::read(output.join("language/weights.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&weights).unwrap();
+    let mut found = 0;
+    for (name, tensor) in file.iter() {
+        let head = &tensor.data()[..tensor.data().len().min(48)];
+        found += usize::from(plan.windows(head.len()).any(|window| window == head));
+        assert!(!name.is_empty());
+    }
+    // The builder rewrites some (it may transpose or join them), most it keeps.
+    assert!(found * 2 > file.len(), "{found} of {} tensors", file.len());
+}
+
+#[test]
+fn two_builds_are_equal_byte_for_byte() {
+    let root = tempfile::tempdir().unwrap();
+    let (first, second) = (root.path().join("a"), root.path().join("with a longer name"));
+    for output in [&first, &second] {
+        build(&fixture("llava-hf"), output, &["--dtype", "float16", "--quant", "int4-g16"]);
+    }
+    let (first, second) = (contents(&first), contents(&second));
+    assert_eq!(first.keys().collect::<Vec<_>>(), second.keys().collect::<Vec<_>>());
+    for (name, content) in &first {
+        assert!(second[name] == *content, "`{name}` differs");
+    }
+}
+
+#[test]
+fn engines_alone_take_weights_from_the_checkpoint() {
+    let root = tempfile::tempdir().unwrap();
+    let both = root.path().join("both");
+    let alone = root.path().join("alone");
+    build(&fixture("llava-hf"), &both, &[]);
+    build(&fixture("llava-hf"), &alone, &["--target", "rtx"]);
+    for engine in ["vision/model.engine", "language/rank0.engine"] {
+        let size = |folder: &Path| std::fs::metadata(folder.join(engine)).unwrap().len();
+        assert_eq!(size(&both), size(&alone), "{engine}");
+    }
+    assert!(!alone.join("language/weights.safetensors").exists());
+    let (code, text) = refuse(&["run", alone.to_str().unwrap(), "--prompt", "a"]);
+    assert!(code == 1 && text.contains("was not built for target `reference`, only for rtx"), "{text}");
+}
+
+#[test]
+fn a_killed_build_leaves_the_previous_directory() {
+    let root = tempfile::tempdir().unwrap();
+    let output = root.path().join("engines");
+    build(&fixture("llava-hf"), &output, &["--quant", "int8"]);
+    let before = contents(&output);
+    for delay in [0, 100, 300, 600] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_trtvlm"))
+            .args(["build", fixture("llava-hf").to_str().unwrap(), "-o", output.to_str().unwrap()])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(delay));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(contents(&output) == before, "killed after {delay} ms");
+    }
+    build(&fixture("llava-hf"), &output, &["--quant", "int8"]);
+    assert!(contents(&output) == before);
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1, "what the killed builds left is swept away");
+}
+
+#[test]
+fn a_library_that_is_none_is_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let library = root.path().join("libtensorrt_rtx.so.1");
+    std::fs::write(&library, b"not a library").unwrap();
+    let output = root.path().join("engines");
+    let build = Command::new(env!("CARGO_BIN_EXE_trtvlm"))
+        .args(["build", fixture("llava-hf").to_str().unwrap(), "-o", output.to_str().unwrap()])
+        .env("TRTVLM_TENSORRT", &library)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&build.stderr).into_owned();
+    assert_eq!(build.status.code(), Some(5), "{text}");
+    assert!(text.contains("cannot load") && text.contains("hint: `trtvlm backend list`"), "{text}");
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1, "no half directory");
+}
