@@ -1,4 +1,5 @@
 //! Plain weight expressions against a naive evaluation, weight files, and what is refused with which words.
+#![allow(clippy::unwrap_used, clippy::unreachable, reason = "tests")]
 use graphs::interpret::Values;
 use graphs::{DType, Format, Weight};
 use half::f16;

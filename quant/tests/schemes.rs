@@ -1,5 +1,6 @@
 //! Every scheme against its definition, written a second time without regard to speed, and what must never change the
 //! bytes: the number of threads, and cutting before or after quantizing.
+#![allow(clippy::unwrap_used, clippy::unreachable, reason = "tests")]
 use graphs::{DType, Format, Weight};
 use half::{bf16, f16};
 use proptest::prelude::*;
