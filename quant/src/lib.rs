@@ -1,4 +1,5 @@
 //! Quantization recipes, round to nearest, packing, and materializing weight expressions from a checkpoint.
+mod check;
 mod convert;
 mod error;
 mod materialize;

@@ -1,7 +1,7 @@
 //! From weight expressions to bytes. Reads only the rows that a block needs and writes each result once; the bytes
 //! are the same for any number of threads.
-use crate::plain::{Plain, count};
-use crate::{Pool, QuantError, Source, convert, matrix, pack};
+use crate::plain::Plain;
+use crate::{Pool, QuantError, Source, check, convert, matrix, pack};
 use graphs::{DType, Format, Weight};
 use rayon::prelude::*;
 
@@ -41,15 +41,20 @@ pub fn materialize_with(
     compute: DType,
     pool: &Pool,
 ) -> Result<Stored, QuantError> {
+    check::stored_shapes(weight, source, compute)?;
+    make(weight, source, compute, pool)
+}
+
+/// [`materialize_with`] for a checked weight.
+fn make(weight: &Weight, source: &dyn Source, compute: DType, pool: &Pool) -> Result<Stored, QuantError> {
     match weight {
         Weight::Packed { format, of } => quantize(weight, *format, of, source, compute, pool),
         Weight::Slice { axis, start, end, of } if of.format().is_some() => match narrowed(*axis, *start, *end, of) {
-            Some(inner) => materialize_with(&inner, source, compute, pool),
-            None => pack::slice(weight, &materialize(of, source, compute)?, *axis, *start, *end),
+            Some(inner) => make(&inner, source, compute, pool),
+            None => pack::slice(weight, &make(of, source, compute, pool)?, *axis, *start, *end),
         },
         Weight::Concat { axis, parts } if weight.format().is_some() => {
-            let parts: Vec<_> =
-                parts.iter().map(|part| materialize(part, source, compute)).collect::<Result<_, _>>()?;
+            let parts: Vec<_> = parts.iter().map(|part| make(part, source, compute, pool)).collect::<Result<_, _>>()?;
             pack::concat(weight, *axis, &parts)
         }
         _ => convert_plain(weight, source, compute, pool),
@@ -61,51 +66,14 @@ pub fn materialize_f32(weight: &Weight, source: &dyn Source, compute: DType) -> 
     Ok(materialize(weight, source, compute)?.to_f32())
 }
 
-/// Type and shape of a stored weight, and the shape of its scales.
-pub(crate) type StoredShapes = (DType, Vec<usize>, Option<Vec<usize>>);
-
-/// Type and shape that the weight is stored with, and those of its scales; no data is read. `None` for expressions that
-/// [`materialize`] refuses by their form alone.
-pub(crate) fn stored_shapes(weight: &Weight, source: &dyn Source, compute: DType) -> Result<StoredShapes, QuantError> {
-    let shape = weight.shape();
-    match (weight.format(), &shape[..]) {
-        (Some(format), [out, input]) => {
-            count(weight, &shape)?;
-            for (name, shape) in weight.tensors() {
-                Plain::new(&Weight::tensor(name, shape), source)?;
-            }
-            let scale = match format {
-                Format::Int4 { group } => vec![input.checked_div(group).unwrap_or_default(), *out],
-                Format::Int8 => vec![*out],
-            };
-            Ok((format.dtype(), vec![*input, *out], Some(scale)))
-        }
-        (Some(_), _) => Err(not_a_matrix(weight, &shape)),
-        (None, _) => {
-            let plain = Plain::new(weight, source)?;
-            Ok((if plain.dtype.is_float() { compute } else { plain.dtype }, plain.shape, None))
-        }
-    }
-}
-
 /// A slice of a quantized matrix as the quantized matrix of a slice, where both are the same: where no scale is cut.
 fn narrowed(axis: usize, start: usize, end: usize, of: &Weight) -> Option<Weight> {
     let Weight::Packed { format, of } = of else { return None };
-    let shape = of.shape();
-    let step = match (axis, format) {
-        (0, _) => 8 / format.dtype().bits(),
-        (1, Format::Int4 { group }) if shape.get(1)?.is_multiple_of(*group) => *group,
-        _ => return None,
-    };
-    if !start.is_multiple_of(step) || !end.is_multiple_of(step) || start > end || end > *shape.get(axis)? {
+    if axis == 1 && *format == Format::Int8 {
         return None;
     }
     let of = Box::new(Weight::Slice { axis, start, end, of: of.clone() });
     Some(Weight::Packed { format: *format, of })
-}
-
-fn not_a_matrix(weight: &Weight, shape: &[usize]) -> QuantError {
-    QuantError::Expression { weight: weight.key(), reason: format!("shape {shape:?} is no matrix `[out, in]`") }
 }
 
 fn quantize(
@@ -116,24 +84,7 @@ fn quantize(
     compute: DType,
     pool: &Pool,
 ) -> Result<Stored, QuantError> {
-    let plain = Plain::new(of, source)?;
-    let [out, input] = plain.shape[..] else { return Err(not_a_matrix(weight, &plain.shape)) };
-    if !plain.dtype.is_float() {
-        let tensor = of.tensors().first().map(|tensor| tensor.0.to_string()).unwrap_or_default();
-        return Err(QuantError::Type { tensor, found: plain.dtype, wanted: "a float type to quantize".into() });
-    }
-    if !compute.is_float() {
-        let reason = format!("scales of type `{compute}` are not floats");
-        return Err(QuantError::Expression { weight: weight.key(), reason });
-    }
-    if let Format::Int4 { group } = format {
-        if group == 0 || !input.is_multiple_of(group) {
-            return Err(QuantError::Group { weight: weight.key(), found: input, group });
-        }
-        if !out.is_multiple_of(2) {
-            return Err(QuantError::OddOutputs { weight: weight.key(), found: out });
-        }
-    }
+    let (plain, [out, input]) = check::matrix(weight, format, of, source, compute)?;
     let (bytes, scales) = matrix::quantize(&plain, source, format, compute, pool)?;
     let scale = Stored { dtype: compute, shape: format.scale_shape(out, input), bytes: scales, scale: None };
     Ok(Stored { dtype: format.dtype(), shape: vec![input, out], bytes, scale: Some(Box::new(scale)) })
@@ -145,7 +96,7 @@ fn convert_plain(weight: &Weight, source: &dyn Source, compute: DType, pool: &Po
     let plain = plain.flat();
     let dtype = if plain.dtype.is_float() { compute } else { plain.dtype };
     let row = plain.row_bytes() / plain.dtype.bytes(1);
-    let mut bytes = pool.take(dtype.bytes(count(weight, &shape)?));
+    let mut bytes = pool.take(dtype.bytes(check::size(weight, &shape)?));
     let rows = (BLOCK / plain.row_bytes().max(1)).max(1);
     bytes.par_chunks_mut((rows * dtype.bytes(row)).max(1)).enumerate().try_for_each(|(block, into)| {
         if dtype == plain.dtype {

@@ -31,6 +31,7 @@ pub(crate) fn quantize(
     let mut payload = pool.take(format.dtype().bytes(input * out));
     let mut scales = pool.take(compute.bytes(format.scale_shape(out, input).iter().product()));
     if payload.is_empty() {
+        scales.fill(0);
         return Ok((payload, scales));
     }
     let blocks = out.div_ceil(BLOCK);

@@ -1,7 +1,7 @@
 //! Stored matrices: `[in, out]`, int4 two a byte with the low nibble first, scales `[out]` or `[in / group, out]`.
 //! A stored matrix is cut and joined without quantizing again, so shards joined are the whole, bit for bit.
-use crate::convert;
-use crate::{QuantError, Stored};
+use crate::check::refuse;
+use crate::{QuantError, Stored, convert};
 use graphs::{DType, Weight};
 
 /// Quantized values of packed bytes, in stored order: one per byte for int8, low nibble first for int4.
@@ -45,8 +45,7 @@ pub(crate) fn dequantize(stored: &Stored, scale: &Stored) -> Vec<f32> {
     values
 }
 
-/// `start..end` of one logical axis (0 is out, 1 is in) of a stored matrix. `weight` names it in errors.
-/// An int4 matrix is cut on group bounds along `in`, at even places along `out`.
+/// `start..end` of one logical axis (0 is out, 1 is in) of a stored matrix, checked to cut no scale and no byte.
 pub(crate) fn slice(
     weight: &Weight,
     whole: &Stored,
@@ -55,28 +54,17 @@ pub(crate) fn slice(
     end: usize,
 ) -> Result<Stored, QuantError> {
     let (Some(scale), [input, out]) = (&whole.scale, &whole.shape[..]) else {
-        return Err(QuantError::Expression { weight: weight.key(), reason: "it is no quantized matrix".into() });
+        return refuse(weight, "it is no quantized matrix".into());
     };
-    let size = if axis == 0 { *out } else { *input };
-    if axis > 1 || start > end || end > size {
-        let reason = format!("a slice of shape {:?} is out of bounds", [out, input]);
-        return Err(QuantError::Expression { weight: weight.key(), reason });
-    }
-    // A scale of one row belongs to all inputs: int8, and int4 per output channel.
-    let group = match scale.shape[..] {
-        [groups, _] if groups > 0 => input / groups,
-        _ => 1,
+    let (payload, scale) = match (axis, &scale.shape[..]) {
+        (0, _) => (columns(whole, *out, start, end), columns(scale, *out, start, end)),
+        (_, [groups, _]) => {
+            let group = (input / (*groups).max(1)).max(1);
+            (rows(whole, *out, start, end), rows(scale, *out, start / group, end / group))
+        }
+        // One row of scales is for all inputs.
+        _ => (rows(whole, *out, start, end), Stored::clone(scale)),
     };
-    let step = if axis == 1 { group } else { 8 / whole.dtype.bits() };
-    if !start.is_multiple_of(step) || !end.is_multiple_of(step) {
-        return Err(QuantError::SliceStep { weight: weight.key(), axis, start, end, step });
-    }
-    let scale = match (axis, whole.dtype) {
-        (0, _) => columns(scale, *out, start, end),
-        (_, DType::Int8) => Stored::clone(scale),
-        _ => rows(scale, *out, start / group, end / group),
-    };
-    let payload = if axis == 0 { columns(whole, *out, start, end) } else { rows(whole, *out, start, end) };
     Ok(Stored { scale: Some(Box::new(scale)), ..payload })
 }
 
@@ -101,31 +89,15 @@ fn columns(whole: &Stored, width: usize, start: usize, end: usize) -> Stored {
     }
 }
 
-/// Joins stored matrices along one logical axis (0 is out, 1 is in).
+/// Joins stored matrices along one logical axis (0 is out, 1 is in), checked to be of one format and to fit.
 pub(crate) fn concat(weight: &Weight, axis: usize, parts: &[Stored]) -> Result<Stored, QuantError> {
-    let refuse = |reason: String| Err(QuantError::Expression { weight: weight.key(), reason });
-    let Some(first) = parts.first() else { return refuse("there are no parts".into()) };
-    let mut scales = Vec::new();
-    for part in parts {
-        let (Some(scale), Some(wanted)) = (&part.scale, &first.scale) else {
-            return refuse("quantized and plain parts do not join".into());
-        };
-        let group = |stored: &Stored, scale: &Stored| match scale.shape[..] {
-            [groups, _] if groups > 0 => stored.shape[0] / groups,
-            _ => 0,
-        };
-        if part.dtype != first.dtype || group(part, scale) != group(first, wanted) || axis > 1 {
-            return refuse("parts of different formats do not join".into());
-        }
-        if part.shape[axis] != first.shape[axis] {
-            return refuse(format!("stored shapes {:?} and {:?} do not join", first.shape, part.shape));
-        }
-        if axis == 1 && part.dtype == DType::Int8 && scale != wanted {
-            return refuse(
-                "int8 parts with different scales do not join along their inputs: join, then quantize".into(),
-            );
-        }
-        scales.push(scale.as_ref());
+    let scales: Vec<&Stored> = parts.iter().filter_map(|part| part.scale.as_deref()).collect();
+    let (Some(first), Some(scale)) = (parts.first(), scales.first()) else {
+        return refuse(weight, "there are no quantized parts".into());
+    };
+    if axis == 1 && first.dtype == DType::Int8 && scales.iter().any(|other| other != scale) {
+        let reason = "int8 parts with different scales do not join along their inputs: join, then quantize";
+        return refuse(weight, reason.into());
     }
     let payloads: Vec<&Stored> = parts.iter().collect();
     let scale = match (axis, first.dtype) {

@@ -1,4 +1,5 @@
 //! Weight expressions without quantization, read by rows: only the bytes that a block needs leave the source.
+use crate::check::{joining, refuse, size, within};
 use crate::{QuantError, Source};
 use graphs::{DType, Weight};
 use std::ops::Range;
@@ -21,18 +22,6 @@ enum Node<'a> {
     Concat { axis: usize, parts: Vec<Plain<'a>> },
 }
 
-fn refuse<T>(weight: &Weight, reason: String) -> Result<T, QuantError> {
-    Err(QuantError::Expression { weight: weight.key(), reason })
-}
-
-/// Product of a shape, refused where it is no possible size.
-pub(crate) fn count(weight: &Weight, shape: &[usize]) -> Result<usize, QuantError> {
-    match shape.iter().try_fold(8usize, |product, size| product.checked_mul(*size)) {
-        Some(bits) if bits <= isize::MAX as usize => Ok(bits / 8),
-        _ => refuse(weight, format!("shape {shape:?} is too large")),
-    }
-}
-
 impl<'a> Plain<'a> {
     pub(crate) fn new(weight: &'a Weight, source: &dyn Source) -> Result<Plain<'a>, QuantError> {
         let plain = match weight {
@@ -50,39 +39,26 @@ impl<'a> Plain<'a> {
             }
             Weight::Slice { axis, start, end, of } => {
                 let of = Plain::new(of, source)?;
-                match of.shape.get(*axis) {
-                    Some(size) if start <= end && end <= size => {}
-                    _ => return refuse(weight, format!("a slice of shape {:?} is out of bounds", of.shape)),
-                }
+                within(weight, *axis, *start, *end, &of.shape)?;
                 let (dtype, shape) = (of.dtype, weight.shape());
                 Plain { dtype, shape, node: Node::Slice { axis: *axis, start: *start, of: Box::new(of) } }
             }
             Weight::Concat { axis, parts } => {
                 let parts = parts.iter().map(|part| Plain::new(part, source)).collect::<Result<Vec<_>, _>>()?;
-                let Some(first) = parts.first() else { return refuse(weight, "there are no parts".into()) };
-                for part in &parts {
-                    let outside = |shape: &[usize]| {
-                        shape
-                            .iter()
-                            .enumerate()
-                            .map(|(at, size)| if at == *axis { 0 } else { *size })
-                            .collect::<Vec<_>>()
-                    };
-                    if *axis >= first.shape.len() || outside(&part.shape) != outside(&first.shape) {
-                        let (one, other) = (&first.shape, &part.shape);
-                        return refuse(weight, format!("shapes {one:?} and {other:?} do not join along axis {axis}"));
-                    }
-                    if part.dtype != first.dtype {
-                        return refuse(weight, format!("parts are `{}` and `{}`", first.dtype, part.dtype));
-                    }
+                joining(weight, *axis, &parts.iter().map(|part| &part.shape[..]).collect::<Vec<_>>())?;
+                let Some(dtype) = parts.first().map(|part| part.dtype) else {
+                    return refuse(weight, "there are no parts".into());
+                };
+                if let Some(other) = parts.iter().find(|part| part.dtype != dtype) {
+                    return refuse(weight, format!("parts are `{dtype}` and `{}`", other.dtype));
                 }
-                Plain { dtype: first.dtype, shape: weight.shape(), node: Node::Concat { axis: *axis, parts } }
+                Plain { dtype, shape: weight.shape(), node: Node::Concat { axis: *axis, parts } }
             }
             Weight::Packed { .. } => {
                 return refuse(weight, "it is quantized twice, or joined with plain weights".into());
             }
         };
-        count(weight, &plain.shape)?;
+        size(weight, &plain.shape)?;
         Ok(plain)
     }
 

@@ -183,6 +183,13 @@ pub fn assign<'a>(
         let nearest = nearest(&pattern, &assignments);
         return Err(QuantError::RuleUnused { recipe: recipe.name.clone(), rule, pattern, nearest });
     }
+    // A preset may do without one of its rules, not without all.
+    let wanted = recipe.preset && recipe.rules.iter().any(|rule| !matches!(rule.choice, Choice::None));
+    let linears = assignments.len();
+    if wanted && linears > 0 && assignments.iter().all(|choice| choice.format.is_none()) {
+        let nearest = assignments.iter().find(|choice| choice.note.is_some()).map(|choice| choice.path.clone());
+        return Err(QuantError::NothingQuantized { recipe: recipe.name.clone(), linears, nearest });
+    }
     Ok(assignments)
 }
 
@@ -285,6 +292,9 @@ mod tests {
             let found = parse(rule);
             assert!(found.contains(message), "{found}");
         }
+        let odd = assign(&Recipe::preset("int4").unwrap(), LAYERS[2..].iter().copied()).unwrap_err();
+        assert_eq!(odd.to_string(), "recipe `int4` quantizes none of the 2 linear layers");
+        assert_eq!(odd.hint().unwrap(), "the nearest layer is `model.layers.0.odd`");
         assert_eq!(Recipe::load("int9").err().unwrap().to_string(), "there is no quantization preset `int9`");
     }
 }

@@ -1,6 +1,6 @@
 //! Weight files: safetensors with every weight under its key and the scales of a quantized one under `KEY.scale`.
 //! INT4 payloads are written as U8 of shape `[in, out / 2]`, since other readers know no type of half a byte.
-use crate::materialize::stored_shapes;
+use crate::check::stored_shapes;
 use crate::{Pool, QuantError, Source, Stored, materialize_with, to_f32};
 use graphs::interpret::Values;
 use graphs::{DType, Format, Weight};
@@ -206,13 +206,18 @@ impl StoredWeights {
         let refuse = |reason: String| QuantError::File { path: self.path.clone(), reason };
         let find = |key: &str| self.places.get(key).cloned().ok_or_else(|| refuse(format!("has no tensor `{key}`")));
         let mut values = find(&key)?;
-        let Some(format) = weight.format() else { return Ok((values, None)) };
+        let shape = weight.shape();
+        let Some(format) = weight.format() else {
+            if values.shape != shape {
+                return Err(refuse(format!("tensor `{key}` is {}{:?}, wanted {shape:?}", values.dtype, values.shape)));
+            }
+            return Ok((values, None));
+        };
         if let (Format::Int4 { .. }, [_, columns]) = (format, &mut values.shape[..]) {
             values.dtype = DType::Int4;
             *columns *= 2;
         }
         let scale = find(&scale_key(&key))?;
-        let shape = weight.shape();
         let fits = match shape[..] {
             [out, input] => values.shape == [input, out] && scale.shape == format.scale_shape(out, input),
             _ => false,

@@ -5,9 +5,9 @@ use half::{bf16, f16};
 use std::ops::Range;
 
 /// Bytes of a stored row that one strip fills: a cache line. A strip has so many rows of int8, twice as many of int4.
-pub(crate) const LINE: usize = 128;
+pub(crate) const LINE: usize = 64;
 /// Inputs that are quantized before they are transposed: `LINE` rows of them stay in the first cache level.
-const TILE: usize = 64;
+const TILE: usize = 128;
 /// Words of 8 columns that are transposed side by side.
 const WORDS: usize = 4;
 
