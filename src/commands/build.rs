@@ -9,7 +9,7 @@ use crate::engine_dir::{Manifest, SizeRequest};
 use crate::failure::{Exit, Failure};
 use crate::report::{Printer, Progress, bytes, duration};
 use graphs::Logits;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -33,15 +33,17 @@ pub(super) fn request(options: &ModelOptions) -> Request {
 }
 
 pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
-    let manifest = build(args, printer)?;
+    let (manifest, engines) = build(args, printer)?;
     if printer.is_json() {
-        printer.json(&json!({ "schema": 1, "directory": args.output, "manifest": manifest }));
+        printer.json(&json!({
+            "schema": 1, "directory": args.output, "manifest": manifest, "engines": engines,
+        }));
     }
     Ok(())
 }
 
-/// Builds and reports on standard error; what `demo` does too.
-pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<Manifest, Failure> {
+/// Builds and reports on standard error; what `demo` does too. Gives also what each engine took.
+pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Vec<Value>), Failure> {
     let start = Instant::now();
     let options = &args.options;
     if options.target.contains(&Target::Tensorrt) {
@@ -65,13 +67,13 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<Manifest, Fai
         model: name(&options.model),
         command: command(args),
     };
-    let mut reporter = Reporter { printer, step: None };
+    let mut reporter = Reporter { printer, step: None, engines: Vec::new() };
     let manifest = assemble(&compiled, &assembly, &mut |event| reporter.see(event))?;
     reporter.end();
     let size: u64 = manifest.files.values().map(|file| file.bytes).sum();
     let text = format!("{} ({}) in {}", args.output.display(), bytes(size), duration(start.elapsed()));
     printer.status("Finished", &text);
-    Ok(manifest)
+    Ok((manifest, reporter.engines))
 }
 
 /// Reads headers and says what was found and decided.
@@ -147,6 +149,7 @@ fn on_interrupt() -> Result<&'static AtomicBool, Failure> {
 struct Reporter<'p> {
     printer: &'p Printer,
     step: Option<(String, Progress)>,
+    engines: Vec<Value>,
 }
 
 impl Reporter<'_> {
@@ -186,6 +189,10 @@ impl Reporter<'_> {
             Event::Engine { event: BuildEvent::Log(line), .. } => self.printer.note(line),
             Event::Built { network, engine } => {
                 self.end();
+                self.engines.push(json!({
+                    "network": network, "bytes": engine.bytes, "seconds": engine.seconds,
+                    "peak_own_memory_bytes": engine.peak_own_bytes,
+                }));
                 self.printer.status(
                     "Building",
                     &format!(

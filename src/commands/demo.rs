@@ -66,7 +66,7 @@ fn demonstrate(
     let mut answers = Vec::new();
     for quant in ["none", "int4-g32"] {
         let directory = output.join(quant);
-        let manifest = build(&arguments(model, quant, &directory), printer)?;
+        let (manifest, _) = build(&arguments(model, quant, &directory), printer)?;
         let mut session = run_command::open(&EngineDirectory::open(&directory)?, Target::Reference)?;
         let prompt = if question.is_empty() { "What is shown?" } else { question };
         let ask = Ask { prompt, pictures: std::slice::from_ref(picture) };
