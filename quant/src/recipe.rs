@@ -14,6 +14,7 @@ use globset::{GlobBuilder, GlobMatcher};
 use graphs::Format;
 use serde::Deserialize;
 use std::path::Path;
+use toml::Spanned;
 
 /// Groups that presets fall back to where 128 does not divide a layer's width.
 const FALLBACK: [usize; 3] = [64, 32, 16];
@@ -63,11 +64,11 @@ struct RecipeText {
 #[serde(deny_unknown_fields)]
 struct RuleText {
     #[serde(rename = "match")]
-    pattern: String,
+    pattern: Spanned<String>,
     format: FormatText,
-    group: Option<usize>,
+    group: Option<Spanned<usize>>,
     #[serde(default)]
-    fallback: Vec<usize>,
+    fallback: Vec<Spanned<usize>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Deserialize)]
@@ -119,25 +120,40 @@ impl Recipe {
         let fail = |message: String| QuantError::Recipe { file: origin.into(), message };
         let parsed: RecipeText = toml::from_str(text).map_err(|error| fail(error.to_string().trim().to_owned()))?;
         let rule = |(number, rule): (usize, RuleText)| {
-            let fail = |reason: String| fail(format!("rule {number} (`{}`): {reason}", rule.pattern));
-            if rule.format != FormatText::Int4 && (rule.group.is_some() || !rule.fallback.is_empty()) {
-                return Err(fail("only `int4` has groups".into()));
+            let RuleText { pattern, format, group, fallback } = rule;
+            let place = pattern.span().start;
+            let pattern = pattern.into_inner();
+            let fail = |place: usize, reason: String| {
+                fail(format!("line {}: rule {number} (`{pattern}`): {reason}", line(text, place)))
+            };
+            let groups: Vec<Spanned<usize>> = group.into_iter().collect();
+            let given = groups.iter().chain(&fallback);
+            if let (true, Some(group)) = (format != FormatText::Int4, given.clone().next()) {
+                return Err(fail(group.span().start, "only `int4` has groups".into()));
             }
-            let groups = [&[rule.group.unwrap_or(128)], &rule.fallback[..]].concat();
-            if let Some(group) = groups.iter().find(|&&group| !valid_group(group)) {
-                return Err(fail(format!("group {group}: wanted a multiple of 16 up to 65536")));
+            if let Some(group) = given.clone().find(|group| !valid_group(*group.as_ref())) {
+                let reason = format!("group {}: wanted a multiple of 16 up to 65536", group.as_ref());
+                return Err(fail(group.span().start, reason));
             }
-            let choice = match rule.format {
+            let first = groups.first().map_or(128, |group| *group.as_ref());
+            let choice = match format {
                 FormatText::None => Choice::None,
                 FormatText::Int8 => Choice::Int8,
-                FormatText::Int4 => Choice::Int4 { groups },
+                FormatText::Int4 => Choice::Int4 {
+                    groups: std::iter::once(first).chain(fallback.iter().map(|group| *group.as_ref())).collect(),
+                },
             };
-            let glob = glob(&rule.pattern).map_err(|error| fail(error.kind().to_string()))?;
-            Ok(Rule { pattern: rule.pattern, glob, choice })
+            let glob = glob(&pattern).map_err(|error| fail(place, error.kind().to_string()))?;
+            Ok(Rule { pattern, glob, choice })
         };
         let rules = parsed.rule.into_iter().enumerate().map(rule).collect::<Result<_, _>>()?;
         Ok(Recipe { name: parsed.name, rules, preset: false })
     }
+}
+
+/// Number of the line, from 1, that a byte of the text is on.
+fn line(text: &str, place: usize) -> usize {
+    1 + text.bytes().take(place).filter(|&byte| byte == b'\n').count()
 }
 
 fn valid_group(group: usize) -> bool {
@@ -266,6 +282,26 @@ mod tests {
     }
 
     #[test]
+    fn presets_leave_every_head_and_nothing_else() {
+        let paths = ["lm_head", "language_model.lm_head", "a.b.lm_head", "xlm_head", "lm_head.proj", "a.my_lm_head"];
+        for name in ["int8", "int4", "int4-g64", "int4-channel"] {
+            let linears = paths.iter().map(|path| (*path, 64, 128));
+            let choices = assign(&Recipe::preset(name).unwrap(), linears).unwrap();
+            let quantized: Vec<bool> = choices.iter().map(|choice| choice.format.is_some()).collect();
+            assert_eq!(quantized, [false, false, false, true, true, true], "{name}");
+        }
+    }
+
+    #[test]
+    fn a_lone_group_does_not_fall_back() {
+        let error = assign(&Recipe::preset("int4-g128").unwrap(), LAYERS.into_iter()).unwrap_err();
+        let wanted =
+            "recipe `int4-g128`: layer `model.layers.0.self_attn.q_proj` has 576 inputs, wanted a multiple of [128]";
+        assert_eq!(error.to_string(), wanted);
+        assert!(error.hint().unwrap().starts_with("groups that divide 576: [64, 32, 16]"));
+    }
+
+    #[test]
     fn the_first_rule_that_matches_decides() {
         let text = "name = 'mine'\n[[rule]]\nmatch = '**.{q,k}_proj'\nformat = 'int8'\n\
                     [[rule]]\nmatch = 'model.layers.*.*.*'\nformat = 'int4'\ngroup = 256\nfallback = [64]";
@@ -282,9 +318,12 @@ mod tests {
         for (rule, message) in [
             ("match = '**'\nformat = 'int5'", "unknown variant `int5`"),
             ("match = '**'\nformat = 'int8'\ngruop = 3", "unknown field `gruop`"),
-            ("match = '**'\nformat = 'int8'\ngroup = 32", "rule 0 (`**`): only `int4` has groups"),
-            ("match = '**'\nformat = 'int4'\ngroup = 12", "group 12: wanted a multiple of 16"),
-            ("match = '{a'\nformat = 'int8'", "rule 0 (`{a`)"),
+            ("match = '**'\nformat = 'int8'\ngruop = 3", "line 5, column 1"),
+            ("match = '**'\nformat = 'int8'\ngroup = 32", "r.toml`: line 5: rule 0 (`**`): only `int4` has groups"),
+            ("match = '**'\nformat = 'int8'\nfallback = [32]", "line 5: rule 0 (`**`): only `int4` has groups"),
+            ("match = '**'\nformat = 'int4'\ngroup = 12", "line 5: rule 0 (`**`): group 12: wanted a multiple of 16"),
+            ("match = '**'\nformat = 'int4'\nfallback = [\n64,\n9]", "line 7: rule 0 (`**`): group 9: wanted"),
+            ("format = 'int8'\nmatch = '{a'", "line 4: rule 0 (`{a`)"),
             ("match = '**.v_proj'\nformat = 'int8'", "rule 0 (`**.v_proj`) matches no linear layer"),
             ("match = '**.q_proj'\nformat = 'int4'", "layer `model.layers.0.self_attn.q_proj` has 576 inputs"),
             ("match = '**.odd'\nformat = 'int4'", "layer `model.layers.0.odd` has 7 outputs"),
