@@ -54,7 +54,12 @@ pub fn layout(weight: &Weight, source: &dyn Source, compute: DType) -> Result<Ve
 }
 
 /// Writes the weights to a new file, one at a time, equal ones once. The bytes depend on nothing but the weights:
-/// tensors of wider types first, then by key. `progress` is told the bytes done and the bytes of all.
+/// plain weights first, then quantized ones, wider types before narrower, equal types by key. `progress` is told the
+/// bytes done and the bytes of all.
+///
+/// The data starts on a multiple of 64, and plain tensors lie on multiples of their element. Scales lie right before
+/// their payload; they lie so too where all bytes before them are a multiple of their element, as for layers whose
+/// sizes are multiples of 4.
 ///
 /// # Errors
 /// A weight that cannot be made, or a failing write.

@@ -215,6 +215,8 @@ fn weights() -> Vec<Weight> {
         Weight::tensor("ids", &[3]),
         a.clone(),
         slice(0, 2, 6, packed(INT4, a.clone())),
+        // Six bytes whose key comes before that of the int64 ones.
+        slice(1, 0, 3, slice(0, 0, 1, a.clone())),
         a,
     ]
 }
@@ -236,7 +238,7 @@ fn files_give_back_every_weight_and_are_the_same_each_time() {
     let bytes = std::fs::read(&path).unwrap();
     assert!(bytes == std::fs::read(&other).unwrap() && summary == again);
     assert_eq!(summary.bytes, bytes.len() as u64);
-    assert_eq!(summary.tensors, 7 + 3);
+    assert_eq!(summary.tensors, 8 + 3);
 
     let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap());
     assert_eq!(header % 64, 0);
@@ -246,6 +248,9 @@ fn files_give_back_every_weight_and_are_the_same_each_time() {
         let wanted = materialize_f32(&weight, &source(), DType::Bfloat16).unwrap();
         assert_eq!(stored.values(&weight).unwrap(), wanted, "{}", weight.key());
         let (place, scale) = stored.place_of(&weight).unwrap();
+        if scale.is_none() {
+            assert_eq!(place.offset % place.dtype.bytes(1) as u64, 0, "{}", weight.key());
+        }
         places.extend([Some(place), scale].into_iter().flatten());
     }
     // No gaps: what safetensors asks for.
