@@ -8,7 +8,9 @@ pub enum Error {
     Load { path: PathBuf, source: libloading::Error },
     #[error("`{path}` is no TensorRT library: it has no `{symbol}`")]
     Symbol { path: PathBuf, symbol: &'static str },
-    #[error("`{path}` is {found}; this version drives TensorRT-RTX 1.5 to 1.x and TensorRT 10 (but 10.8) and 11")]
+    #[error(
+        "`{path}` is {found}; this version drives TensorRT-RTX 1.5 to 1.x and TensorRT 10.6 to 10.x (but 10.8) and 11"
+    )]
     Version { path: PathBuf, found: String },
     #[error(
         "the table of `{class}` has {found} entries, {wanted} were expected: the library does not match its version"

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 /// Versions that share slots and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
-    /// TensorRT 10.0 to 10.16, without 10.8.
+    /// TensorRT 10.6 to 10.16, without 10.8.
     Ten,
     /// TensorRT 11.
     Eleven,
@@ -60,7 +60,8 @@ impl Library {
         ];
         let family = match version {
             [1, minor, ..] if minor >= 5 => Family::Rtx,
-            [10, minor, ..] if minor != 8 => Family::Ten,
+            // Slots of methods that came with 10.1 to 10.6 are in the table.
+            [10, minor, ..] if minor >= 6 && minor != 8 => Family::Ten,
             [11, ..] => Family::Eleven,
             [major, minor, ..] => {
                 return Err(Error::Version { path: path.into(), found: format!("version {major}.{minor}") });
