@@ -34,13 +34,13 @@ impl Failure {
         Failure { exit, message: message.into(), causes: Vec::new(), hint: None }
     }
 
-    /// The error's own text, then those of its sources as causes.
+    /// The error's own text, then those of its sources as causes, each said once.
     pub fn of(exit: Exit, error: &dyn Error) -> Failure {
         let mut failure = Failure::new(exit, error.to_string());
         let mut source = error.source();
         while let Some(cause) = source {
             let text = cause.to_string();
-            let said = failure.causes.last().unwrap_or(&failure.message).contains(&text);
+            let said = failure.message.contains(&text) || failure.causes.iter().any(|cause| cause.contains(&text));
             if !said {
                 failure.causes.push(text);
             }
@@ -119,5 +119,17 @@ mod tests {
         let error = Outer(std::io::Error::other("disk on fire"));
         let failure = Failure::of(Exit::Environment, &error).hint(Some("use water".into()));
         assert_eq!((failure.message.as_str(), &failure.causes[..]), ("cannot read `x`", &["disk on fire".into()][..]));
+    }
+
+    #[test]
+    fn a_cause_that_the_message_quotes_is_not_said_again() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("no shard: disk on fire")]
+        struct Outer(#[source] Middle);
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot read `x`")]
+        struct Middle(#[source] std::io::Error);
+        let failure = Failure::of(Exit::Refused, &Outer(Middle(std::io::Error::other("disk on fire"))));
+        assert_eq!(failure.causes, ["cannot read `x`"]);
     }
 }

@@ -7,54 +7,178 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+const COMMANDS: [&str; 7] = ["build", "plan", "run", "inspect", "backend", "demo", "eval"];
+
+/// The program with the user's own settings taken away.
+fn shell(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_trtvlm"));
+    for name in ["TRTVLM_DEMO_MODEL", "TRTVLM_PROGRESS", "NO_COLOR", "CLICOLOR_FORCE"] {
+        command.env_remove(name);
+    }
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+fn stdout(arguments: &[&str]) -> String {
+    let output = shell(arguments).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.stderr.is_empty(), "{arguments:?} spoke on standard error");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Each wrong command line, and the part of its message that names the fault.
+const WRONG: &[(&[&str], &str)] = &[
+    (&[], "Usage: trtvlm"),
+    (&["build", "model", "-o", "out", "--max-batch-size", "many"], "invalid value 'many'"),
+    (&["eval"], "Usage: trtvlm eval"),
+    (&["compile"], "unrecognized subcommand 'compile'"),
+    (&["buidl", "model"], "unrecognized subcommand 'buidl'\n\n  tip: some similar"),
+    (&["build"], "--output <OUTPUT>"),
+    (&["build", "model"], "--output <OUTPUT>"),
+    (&["build", "-o", "out"], "<MODEL>"),
+    (&["build", "model", "-o", "out", "--gpu", "sm90"], "wanted one of sm75, sm80, sm86, sm89, sm120, sm121"),
+    (&["build", "model", "-o", "out", "--gpu", "89"], "invalid value '89' for '--gpu <GPU>'"),
+    (&["build", "model", "-o", "out", "--gpu", "sm89,sm9"], "invalid value 'sm9' for '--gpu <GPU>'"),
+    (&["build", "model", "-o", "out", "--gpu", "sm99999999999"], "invalid value 'sm99999999999'"),
+    (&["build", "model", "-o", "out", "--dtype", "int8"], "wanted auto, float16, bfloat16 or float32"),
+    (&["build", "model", "-o", "out", "--dtype", "FLOAT16"], "invalid value 'FLOAT16' for '--dtype <DTYPE>'"),
+    (&["build", "model", "-o", "out", "--target", "cuda"], "[possible values: reference, rtx, tensorrt]"),
+    (&["build", "model", "-o", "out", "--tp", "two"], "invalid value 'two' for '--tp <TP>'"),
+    (&["build", "model", "-o", "out", "--max-batch-size", "-1"], "unexpected argument '-1'"),
+    (&["build", "model", "-o", "out", "--max-input-len", "1e3"], "invalid value '1e3' for '--max-input-len"),
+    (&["build", "model", "-o", "out", "--timeout", "1.5"], "invalid value '1.5' for '--timeout <TIMEOUT>'"),
+    (&["build", "model", "-o", "out", "-o", "other"], "cannot be used multiple times"),
+    (&["plan", "model", "--output", "out"], "unexpected argument '--output'"),
+    (&["plan", "model", "other"], "unexpected argument 'other'"),
+    (&["plan", "model", "--quantt", "int4"], "a similar argument exists: '--quant'"),
+    (&["run", "directory"], "--prompt <TEXT>"),
+    (&["run", "--prompt", "text"], "<DIRECTORY>"),
+    (&["run", "directory", "--prompt"], "a value is required for '--prompt <TEXT>...'"),
+    (&["run", "directory", "--prompt", "text", "--max-new-tokens", "-1"], "unexpected argument '-1'"),
+    (&["inspect"], "<PATH>"),
+    (&["backend"], "Usage: trtvlm backend"),
+    (&["backend", "install", "cudnn"], "[possible values: rtx]"),
+    (&["backend", "remove", "rtx"], "unrecognized subcommand 'remove'"),
+    (&["eval", "text", "model"], "--text <FILE>"),
+    (&["eval", "pictures", "model", "--pictures", "p", "--references", "r"], "--task <FILE>"),
+    (&["eval", "sounds", "model"], "unrecognized subcommand 'sounds'"),
+    (&["plan", "model", "--color", "sometimes"], "[possible values: auto, always, never]"),
+    (&["plan", "model", "--progress", "dots"], "[possible values: auto, bar, plain, none]"),
+    (&["build-engine"], "<SPEC>"),
+];
+
 #[test]
-fn wrong_usage_exits_with_2() {
-    let cases: &[(&[&str], &str)] = &[
-        (&[], "Usage: trtvlm"),
-        (&["bild", "x"], "unrecognized subcommand 'bild'"),
-        (&["build"], "<MODEL>"),
-        (&["build", "x"], "--output"),
-        (&["build", "x", "-o", "y", "--target", "cpu"], "invalid value 'cpu'"),
-        (&["build", "x", "-o", "y", "--gpu", "sm90"], "wanted one of sm75, sm80, sm86, sm89, sm120, sm121"),
-        (&["build", "x", "-o", "y", "--gpu", "h100"], "wanted one of sm75"),
-        (&["build", "x", "-o", "y", "--dtype", "float8"], "wanted auto, float16, bfloat16 or float32"),
-        (&["build", "x", "-o", "y", "--max-batch-size", "many"], "invalid value 'many'"),
-        (&["build", "x", "-o", "y", "--max-batch-size", "-1"], "unexpected argument '-1'"),
-        (&["run", "x"], "--prompt"),
-        (&["backend", "install", "cuda"], "invalid value 'cuda'"),
-        (&["eval"], "Usage: trtvlm eval"),
-        (&["plan", "x", "--progress", "loud"], "invalid value 'loud'"),
+fn wrong_command_lines_exit_2_and_name_the_fault() {
+    for (arguments, part) in WRONG {
+        let output = shell(arguments).output().unwrap();
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
+        assert!(message.contains(part), "{arguments:?}: {message}");
+        assert!(output.stdout.is_empty(), "{arguments:?} wrote a usage error on standard output");
+    }
+}
+
+#[test]
+fn a_wrong_environment_is_a_usage_error() {
+    let output = shell(&["plan", "model"]).env("TRTVLM_PROGRESS", "dots").output().unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("invalid value 'dots' for '--progress <PROGRESS>'"), "{message}");
+}
+
+#[test]
+fn help_lists_every_command_once_and_hides_the_inner_one() {
+    let help = stdout(&["--help"]);
+    for command in COMMANDS {
+        let lines = help.lines().filter(|line| line.split_whitespace().next() == Some(command)).count();
+        assert_eq!(lines, 1, "`{command}` in {help}");
+    }
+    assert!(!help.contains("build-engine"), "{help}");
+}
+
+#[test]
+fn help_of_each_command_ends_in_two_examples_of_it() {
+    for command in COMMANDS {
+        let help = stdout(&[command, "--help"]);
+        let (_, examples) = help.rsplit_once("Examples:\n").unwrap_or_else(|| panic!("no examples: {help}"));
+        let start = format!("  trtvlm {command}");
+        assert_eq!(examples.lines().filter(|line| line.starts_with(&start)).count(), 2, "{help}");
+    }
+}
+
+#[test]
+fn help_names_the_environment() {
+    assert!(stdout(&["demo", "--help"]).contains("[env: TRTVLM_DEMO_MODEL="));
+    assert!(stdout(&["plan", "--help"]).contains("[env: TRTVLM_PROGRESS="));
+}
+
+/// `-v` is for more words, so the version has the capital letter; both belong to every command.
+#[test]
+fn the_version_is_the_crates() {
+    let version = env!("CARGO_PKG_VERSION");
+    for flag in ["--version", "-V"] {
+        assert_eq!(stdout(&[flag]), format!("trtvlm {version}\n"));
+    }
+    assert_eq!(stdout(&["build", "--version"]), format!("trtvlm-build {version}\n"));
+}
+
+/// Lists that take several values, repeated or in a row, and global flags on either side of the command: all are read,
+/// and the refusal is about the missing directory (exit 1), not about the words (exit 2).
+#[test]
+fn lists_and_global_flags_are_read_in_every_place() {
+    let lines: [&[&str]; 4] = [
+        &["run", "no-such-directory", "--prompt", "a", "b"],
+        &["run", "no-such-directory", "--prompt", "a", "--prompt", "b"],
+        &["-qq", "--json", "run", "no-such-directory", "--prompt", "a"],
+        &["run", "no-such-directory", "--prompt", "a", "-vv", "--color", "never", "--progress", "none"],
     ];
-    for (arguments, wanted) in cases {
-        let (code, text) = refuse(arguments);
-        assert!(code == 2 && text.contains(wanted), "{arguments:?}: {code} {text}");
+    for arguments in lines {
+        let output = shell(arguments).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {message}");
+        assert!(message.starts_with("error: ") && message.contains("no-such-directory"), "{arguments:?}: {message}");
     }
 }
 
 #[test]
-fn help_and_version_are_answers() {
-    let help = String::from_utf8(succeed(&["--help"]).stdout).unwrap();
-    for command in ["build", "plan", "run", "inspect", "backend", "demo", "eval"] {
-        assert!(help.contains(&format!("  {command}")), "{command}");
-        let text = String::from_utf8(succeed(&[command, "--help"]).stdout).unwrap();
-        assert!(text.contains("Examples:"), "{command}");
-    }
-    assert!(!help.contains("build-engine"));
-    let version = String::from_utf8(succeed(&["--version"]).stdout).unwrap();
-    assert_eq!(version, format!("trtvlm {}\n", env!("CARGO_PKG_VERSION")));
+fn a_failure_is_one_json_object_on_standard_output() {
+    let output = shell(&["inspect", "no-such-path", "--json"]).output().unwrap();
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(value["schema"], 1);
+    assert_eq!(value["error"]["exit"].as_i64(), output.status.code().map(i64::from));
+    assert!(value["error"]["message"].as_str().unwrap().contains("no-such-path"), "{value}");
+    assert!(value["error"]["causes"].is_array() && value["error"].get("hint").is_some(), "{value}");
 }
 
 #[test]
-fn a_reader_that_has_gone_does_no_harm() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_trtvlm"))
-        .args(["inspect", fixture("llava-hf").to_str().unwrap(), "--tensors", "--json"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
-    assert_eq!((output.status.code(), output.stderr), (Some(0), Vec::new()));
+fn colour_is_only_where_it_is_asked_for() {
+    let escape = |arguments: &[&str]| shell(arguments).output().unwrap().stderr.contains(&0x1b);
+    assert!(!escape(&["inspect", "no-such-path"]), "a pipe is no terminal");
+    assert!(escape(&["inspect", "no-such-path", "--color", "always"]));
+    let forced = shell(&["inspect", "no-such-path"]).env("CLICOLOR_FORCE", "1").output().unwrap();
+    assert!(forced.stderr.contains(&0x1b));
+    let both = shell(&["inspect", "no-such-path"]).envs([("CLICOLOR_FORCE", "1"), ("NO_COLOR", "1")]).output();
+    assert!(!both.unwrap().stderr.contains(&0x1b), "NO_COLOR wins");
+}
+
+/// As in `trtvlm ... | head -0`: the reading end is closed before the program starts, so that its first write fails.
+#[test]
+fn a_closed_pipe_ends_quietly() {
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/llava-hf");
+    let lines: [&[&str]; 4] =
+        [&["--help"], &["--version"], &["inspect", fixture, "--tensors"], &["plan", fixture, "--json"]];
+    for arguments in lines {
+        assert!(
+            !shell(arguments).output().unwrap().stdout.is_empty(),
+            "{arguments:?} writes nothing, so it proves nothing"
+        );
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = shell(arguments).stdout(writer).stderr(Stdio::piped()).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {message}");
+        assert!(!message.contains("panicked") && !message.contains("error:"), "{arguments:?}: {message}");
+    }
 }
 
 /// The LLaVA fixture with its config changed.
@@ -206,12 +330,4 @@ fn requests_that_do_not_fit_are_refused_before_anything_is_written() {
         assert!(!Path::new(&root.path().join("engines")).exists());
     }
     assert_eq!(std::fs::read_to_string(Path::new(&foreign).join("letter.txt")).unwrap(), "dear");
-}
-
-#[test]
-fn failures_are_json_too() {
-    let output = trtvlm(&["plan", "nowhere", "--json"]);
-    let value: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((&value["schema"], &value["error"]["exit"]), (&json!(1), &json!(1)));
-    assert!(value["error"]["message"].as_str().unwrap().contains("nowhere"));
 }
