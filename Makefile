@@ -6,7 +6,7 @@ TRAINED ?= ../shared/fixtures/trained
 SMOLLM2 ?= /tmp/smollm2
 SMOLLM2_TOOL ?= ../shared/tools/smollm2_hf.py
 
-.PHONY: demo test lint eval eval-pictures eval-text bench backend
+.PHONY: demo test lint eval eval-pictures eval-text bench backend headers
 
 # Builds a small LLaVA for TensorRT-RTX and the reference, then answers about a picture.
 demo:
@@ -15,7 +15,14 @@ demo:
 backend:
 	$(TRTVLM) backend install rtx
 
-test: backend
+# NVIDIA's public headers, for comparing the tables with: fetched, never built, never a dependency.
+headers:
+	@mkdir -p target/headers/src && touch target/headers/src/lib.rs
+	@printf '[package]\nname = "headers"\nversion = "0.0.0"\nedition = "2021"\n[dependencies]\ntrtx-sys = "=0.9.1"\n[workspace]\n' \
+	  > target/headers/Cargo.toml
+	@$(CARGO) fetch --quiet --manifest-path target/headers/Cargo.toml || echo "headers: not fetched; the tables will NOT be compared"
+
+test: backend headers
 	$(CARGO) test --workspace --locked --features rtx
 
 lint:
