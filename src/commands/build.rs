@@ -63,7 +63,7 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Ve
     let assembly = Assembly {
         output: &args.output,
         reference: options.target.contains(&Target::Reference),
-        rtx: library.map(|library| RtxTarget { library, gpus: options.gpu.clone(), supervisor }),
+        rtx: library.map(|library| RtxTarget { library, gpus: gpus(options), supervisor }),
         model: name(&options.model),
         command: command(args),
     };
@@ -97,6 +97,12 @@ pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<C
     Ok(compiled)
 }
 
+/// In order and once each: TensorRT-RTX takes repeated ones without a word.
+fn gpus(options: &ModelOptions) -> Vec<u32> {
+    let gpus: std::collections::BTreeSet<u32> = options.gpu.iter().copied().collect();
+    gpus.into_iter().collect()
+}
+
 /// The last part of a folder's path, or the hub id: no path of this machine goes into the directory.
 fn name(model: &str) -> String {
     let path = Path::new(model);
@@ -112,7 +118,7 @@ fn command(args: &BuildArgs) -> String {
         .into_iter()
         .filter_map(|(target, name)| options.target.contains(&target).then_some(name))
         .collect();
-    let gpus: Vec<String> = options.gpu.iter().map(|gpu| format!("sm{gpu}")).collect();
+    let gpus: Vec<String> = gpus(options).iter().map(|gpu| format!("sm{gpu}")).collect();
     let dtype = options.dtype.0.map_or("auto", graphs::DType::name);
     let mut text = format!(
         "trtvlm build {} -o DIR --target {} --gpu {} --dtype {dtype} --quant {} --vision-quant {} --max-batch-size {}",

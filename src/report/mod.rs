@@ -3,7 +3,7 @@ mod format;
 
 pub use format::{bytes, duration, table};
 
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -106,8 +106,11 @@ impl Printer {
     pub fn raw(&self, text: &str) {
         let mut out = std::io::stdout();
         if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            let code = if error.kind() == ErrorKind::BrokenPipe { 0 } else { 74 };
-            std::process::exit(code);
+            if error.kind() == ErrorKind::BrokenPipe {
+                std::process::exit(0);
+            }
+            self.failure(&Failure::new(Exit::Environment, format!("cannot write the result: {error}")));
+            std::process::exit(Exit::Environment as i32);
         }
     }
 

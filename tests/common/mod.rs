@@ -148,3 +148,17 @@ pub(crate) fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     walk(folder, folder, &mut files);
     files
 }
+
+/// A LLaVA config around [`llama_config`], with CLIP sizes other than the fixtures'.
+pub(crate) fn llava_config(changes: Value) -> Value {
+    let mut config = json!({
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 400,
+        "text_config": llama_config(json!({ "num_key_value_heads": 2, "attention_bias": true })),
+        "vision_config": { "model_type": "clip_vision_model", "hidden_size": 40, "intermediate_size": 72,
+            "num_hidden_layers": 3, "num_attention_heads": 5, "image_size": 28, "patch_size": 7 },
+    });
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
