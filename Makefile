@@ -8,7 +8,11 @@ SMOLLM2_TOOL ?= ../shared/tools/smollm2_hf.py
 
 .PHONY: demo test lint eval eval-pictures eval-text bench backend headers
 
-# Builds a small LLaVA for TensorRT-RTX and the reference, then answers about a picture.
+# Builds a small LLaVA for TensorRT-RTX and the reference, then answers about a picture; reads a real one where a model that
+# can is at hand.
+ifneq ($(wildcard $(TRAINED)/trained-llava),)
+demo: export TRTVLM_DEMO_MODEL ?= $(TRAINED)/trained-llava
+endif
 demo:
 	$(TRTVLM) demo
 

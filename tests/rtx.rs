@@ -125,6 +125,26 @@ fn engines_alone_take_weights_from_the_checkpoint() {
 }
 
 #[test]
+fn the_demo_builds_and_answers() {
+    let root = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_trtvlm"))
+        .args(["demo", "-q", "-o", root.path().join("engines").to_str().unwrap()])
+        .env_remove("TRTVLM_DEMO_MODEL")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    for wanted in
+        ["float16 answers `", "INT4 answers", "they agree on the first", "TensorRT-RTX 1.", "trtvlm build llava-hf"]
+    {
+        assert!(text.contains(wanted), "{wanted}: {text}");
+    }
+    for engine in ["tiny/none/vision/model.engine", "tiny/int4/language/rank0.engine"] {
+        assert!(root.path().join("engines").join(engine).is_file(), "{engine}");
+    }
+}
+
+#[test]
 fn a_killed_build_leaves_the_previous_directory() {
     let root = tempfile::tempdir().unwrap();
     let output = root.path().join("engines");

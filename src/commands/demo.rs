@@ -64,7 +64,7 @@ fn demonstrate(
 ) -> Result<(), Failure> {
     let mut rows = Vec::new();
     let mut answers = Vec::new();
-    for quant in ["none", "int4-g32"] {
+    for quant in ["none", "int4"] {
         let directory = output.join(quant);
         let (manifest, _) = build(&arguments(model, quant, &directory), printer)?;
         let mut session = run_command::open(&EngineDirectory::open(&directory)?, Target::Reference)?;
