@@ -75,6 +75,25 @@ fn other_ways_to_pick_features_build() {
     build(&checkpoint, &root.path().join("engines"), &["--vision-quant", "int4-channel", "--max-batch-size", "3"]);
 }
 
+#[test]
+fn every_gpu_builds_what_it_can() {
+    let root = tempfile::tempdir().unwrap();
+    let output = root.path().join("engines");
+    build(
+        &fixture("llava-hf"),
+        &output,
+        &["--dtype", "float16", "--quant", "int8", "--gpu", "sm75,sm80,sm86,sm89,sm120,sm121,sm75"],
+    );
+    let gpus = ["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"];
+    assert_eq!(manifest(&output)["targets"]["rtx"]["gpus"], json!(gpus));
+    for flags in [["--quant", "int4-g16"], ["--dtype", "bfloat16"]] {
+        let llava = fixture("llava-hf");
+        let base = ["build", llava.to_str().unwrap(), "-o", output.to_str().unwrap(), "--gpu", "sm89,sm75"];
+        let (code, text) = refuse(&[&base[..], &flags].concat());
+        assert!(code == 1 && text.contains("cannot be built for sm75") && text.contains("hint:"), "{text}");
+    }
+}
+
 /// The engines hold the very bytes that the reference reads: its weights lie in the plan.
 #[test]
 fn engines_hold_the_weights_of_the_reference() {

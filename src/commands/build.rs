@@ -53,6 +53,9 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Ve
     let rtx = options.target.contains(&Target::Rtx);
     let library = rtx.then(|| backend::find(Kind::Rtx)).transpose()?;
     let compiled = compile_reported(&Request { dump: args.dump.clone(), ..request(options) }, printer)?;
+    if rtx {
+        check_gpus(&compiled, &gpus(options))?;
+    }
     let interrupted = on_interrupt()?;
     let program = std::env::current_exe().map_err(|error| Failure::of(Exit::Environment, &error))?;
     let supervisor = Supervisor {
@@ -95,6 +98,24 @@ pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<C
         }
     }
     Ok(compiled)
+}
+
+/// What TensorRT-RTX would say only after minutes: Turing has no kernels for INT4 nor for bfloat16.
+fn check_gpus(compiled: &Compiled, gpus: &[u32]) -> Result<(), Failure> {
+    let formats = compiled.networks.iter().flat_map(|passed| &passed.assignments).filter_map(|choice| choice.format);
+    let int4 = formats.into_iter().any(|format| format.dtype() == graphs::DType::Int4);
+    let lacking = if int4 {
+        "INT4 weights"
+    } else if compiled.dtype == graphs::DType::Bfloat16 {
+        "bfloat16"
+    } else {
+        return Ok(());
+    };
+    if gpus.contains(&75) {
+        return Err(Failure::new(Exit::Refused, format!("{lacking} cannot be built for sm75"))
+            .hint(Some("leave sm75 out of --gpu, or use int8 and float16".into())));
+    }
+    Ok(())
 }
 
 /// In order and once each: TensorRT-RTX takes repeated ones without a word.

@@ -42,7 +42,7 @@ fn compiled(
     compile_reported(&request, printer)
 }
 
-fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Failure {
+pub(super) fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Failure {
     let path = path.to_path_buf();
     move |error| {
         let mut failure = Failure::new(Exit::Refused, format!("cannot read `{}`", path.display()));

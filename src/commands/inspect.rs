@@ -1,4 +1,5 @@
 //! `inspect`: what a path holds.
+use super::eval::unreadable;
 use crate::checkpoint::{Checkpoint, open_weights};
 use crate::cli::InspectArgs;
 use crate::engine_dir::{EngineDirectory, manifest};
@@ -100,8 +101,7 @@ fn checkpoint(path: &Path, tensors: bool, printer: &Printer) -> Result<(), Failu
 
 /// A plan tells its GPUs in readable text; the rest of it only TensorRT reads.
 fn engine(path: &Path, printer: &Printer) -> Result<(), Failure> {
-    let content = std::fs::read(path)
-        .map_err(|error| Failure::of(Exit::Refused, &error).hint(Some(format!("cannot read `{}`", path.display()))))?;
+    let content = std::fs::read(path).map_err(unreadable(path))?;
     let mark = b"accelerators={";
     let start = content.windows(mark.len()).position(|window| window == mark).map(|place| place + mark.len());
     let end = start.and_then(|start| content.iter().skip(start).position(|&byte| byte == b'}').map(|end| start + end));
