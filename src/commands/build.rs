@@ -2,7 +2,7 @@
 use crate::assemble::{Assembly, Event, RtxTarget, assemble};
 use crate::backend::{self, Kind};
 use crate::builder::{BuildEvent, Supervisor};
-use crate::checkpoint::Options;
+use crate::checkpoint::{Download, HubSettings, Options};
 use crate::cli::{BuildArgs, ModelOptions, Target};
 use crate::compile::{Compiled, Request, compile};
 use crate::engine_dir::{Manifest, SizeRequest};
@@ -10,6 +10,7 @@ use crate::failure::{Exit, Failure};
 use crate::report::{Printer, Progress, bytes, duration};
 use graphs::Logits;
 use serde_json::{Value, json};
+use std::cell::RefCell;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -81,10 +82,21 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Ve
 
 /// Reads headers and says what was found and decided.
 pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<Compiled, Failure> {
-    let show = |download: crate::checkpoint::Download<'_>| printer.note(&format!("{download:?}"));
-    let options = Options { progress: Some(&show), ..Options::default() };
-    let options = Options { hub: crate::checkpoint::HubSettings::from_environment(), ..options };
+    let bar: RefCell<Option<(String, Progress)>> = RefCell::new(None);
+    let show = |download: Download<'_>| {
+        let mut bar = bar.borrow_mut();
+        if bar.as_ref().is_none_or(|(file, _)| file != download.file) {
+            // The bar of the file before goes first.
+            *bar = None;
+            *bar = Some((download.file.to_owned(), printer.progress("Fetching", download.file, download.total)));
+        }
+        if let Some((_, progress)) = bar.as_ref() {
+            progress.set(download.done, download.total);
+        }
+    };
+    let options = Options { hub: HubSettings::from_environment(), progress: Some(&show) };
     let compiled = compile(request, &options)?;
+    drop(bar.take());
     let source = &compiled.source;
     let (found, ignored) = (source.coverage().found.len(), source.coverage().ignored.len());
     let text = format!("{}: {found} tensors used, {ignored} known to be unused", request.model);

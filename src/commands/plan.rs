@@ -28,6 +28,7 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
     let compiled = compile_reported(&request(&args.options), printer)?;
     let mut networks = Vec::new();
     let mut summary = Vec::new();
+    let mut lines = Vec::new();
     for passed in &compiled.networks {
         let rows = rows(&compiled, passed)?;
         let weights: u64 = rows.iter().map(|row| row.bytes).sum();
@@ -40,6 +41,8 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
             rtx.map_or_else(|| "-".into(), bytes),
         ]);
         networks.push(network_json(&compiled, passed, &rows, weights, rtx));
+        let line = |row: Row| vec![row.path, row.stored, bytes(row.bytes), row.note.unwrap_or_default()];
+        lines.extend(rows.into_iter().map(line));
     }
     let sizes = compiled.sizes;
     if printer.is_json() {
@@ -51,13 +54,7 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
         return Ok(());
     }
     if printer.is_verbose() {
-        for passed in &compiled.networks {
-            let lines: Vec<Vec<String>> = rows(&compiled, passed)?
-                .into_iter()
-                .map(|row| vec![row.path, row.stored, bytes(row.bytes), row.note.unwrap_or_default()])
-                .collect();
-            printer.data(&table(&["weight", "stored as", "bytes", "note"], &lines));
-        }
+        printer.data(&table(&["weight", "stored as", "bytes", "note"], &lines));
     }
     printer.data(&table(&["network", "formats", "weights", "bytes", "RTX build memory"], &summary));
     printer.data(&format!(

@@ -69,19 +69,19 @@ impl Reference {
     }
 
     /// Logits `[requests, vocab]` after feeding each request `tokens` ids (all alike in number, padded on the right);
-    /// `used` of them count.
-    fn step(&mut self, ids: Vec<i32>, tokens: usize, used: &[i32]) -> Result<Array, RuntimeError> {
+    /// `used` of them count. `table` holds the pictures that the ids name.
+    fn step(&mut self, ids: Vec<i32>, tokens: usize, used: &[i32], table: Array) -> Result<Array, RuntimeError> {
         let batch = self.lengths.len();
         let positions = self.lengths.iter().flat_map(|&past| (0..tokens as i32).map(move |token| past + token));
         let sequence: Vec<i32> = std::iter::zip(&self.lengths, used).map(|(past, used)| past + used).collect();
-        let mut inputs = BTreeMap::from([
+        let inputs = BTreeMap::from([
             ("input_ids", Array::int([batch, tokens], ids)),
             ("position_ids", Array::int([batch, tokens], positions.collect())),
             ("past_lengths", Array::int([batch], self.lengths.clone())),
             ("sequence_lengths", Array::int([batch], sequence.clone())),
             ("last_token_ids", Array::int([batch], used.iter().map(|used| used - 1).collect())),
+            ("prompt_embedding_table", table),
         ]);
-        inputs.insert("prompt_embedding_table", self.table.clone());
         let mut outputs = self.language.run(&inputs, &mut self.caches, None)?;
         self.lengths = sequence;
         outputs.remove("logits").ok_or_else(|| RuntimeError::Inconsistent { what: "language network".into() })
@@ -132,7 +132,7 @@ impl Executor for Reference {
         };
         let ids = prompts.iter().flat_map(padded).collect();
         let used: Vec<i32> = prompts.iter().map(|prompt| prompt.len() as i32).collect();
-        let logits = self.step(ids, tokens, &used)?;
+        let logits = self.step(ids, tokens, &used, self.table.clone())?;
         best(&logits)
     }
 
@@ -143,7 +143,9 @@ impl Executor for Reference {
         }
         let ids = tokens.iter().map(|&token| token as i32).collect();
         let used = vec![1; tokens.len()];
-        let logits = self.step(ids, 1, &used)?;
+        // New tokens are words: no row of the table is asked for any more.
+        let hidden = self.config.pretrained_config.hidden_size;
+        let logits = self.step(ids, 1, &used, Array::float([1, hidden], vec![0.0; hidden]))?;
         best(&logits)
     }
 }

@@ -89,14 +89,6 @@ impl<'w> Network<'w> {
         self.finish(name, object)
     }
 
-    pub fn softmax(&self, name: &str, x: Tensor<'_>, axis: usize) -> Result<Tensor<'_>> {
-        let family = self.library().family();
-        let mask = self.axes(name, x, &[axis])?;
-        let object = call!(family, self.this(), network_definition::ADD_SOFT_MAX, (x.object => Object) -> Object)?;
-        call!(family, word(object, 2), crate::slots::soft_max_layer::SET_AXES, (mask => u32) -> ())?;
-        self.finish(name, object)
-    }
-
     pub fn concatenation(&self, name: &str, inputs: &[Tensor<'_>], axis: usize) -> Result<Tensor<'_>> {
         let family = self.library().family();
         let first = *inputs.first().ok_or_else(|| Error::argument(name, "nothing to join"))?;

@@ -1,7 +1,7 @@
 //! Loading a TensorRT library: which version it is, and whether its tables are those we know.
 use crate::abi::{Object, call, delete, table_length, word};
 use crate::log::{Log, Severity};
-use crate::slots::{self, builder, builder_config, network_definition};
+use crate::slots::{builder, builder_config, network_definition};
 use crate::{Error, NetworkDefinitionCreationFlag, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -147,11 +147,6 @@ impl Library {
 
     pub(crate) fn has(&self, method: crate::abi::Method) -> bool {
         method.slot(self.family).is_some()
-    }
-
-    /// Whether networks can hold attention, cache and rotary layers.
-    pub fn has_attention(&self) -> bool {
-        self.has(slots::network_definition::ADD_ATTENTION_V2)
     }
 }
 
