@@ -73,6 +73,7 @@ fn build(spec: &Path, say: &(dyn Fn(&ChildMessage) + Sync)) -> Result<ChildMessa
         profiles: lower::profiles(&network, &spec.sizes),
         compute_capabilities: spec.gpus,
         describe: false,
+        timing_cache: None,
     };
     let mut out = BufWriter::new(File::create(&spec.engine).map_err(file(&spec.engine))?);
     let summary = builder.build_to(&target, &options, &mut out, &mut |trt::Progress { phase, step, steps }| {

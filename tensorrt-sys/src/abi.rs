@@ -110,12 +110,61 @@ pub(crate) struct InterfaceInfo {
     pub(crate) minor: i32,
 }
 
+/// What a plugin is told of a tensor when it runs.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct PluginTensorDesc {
+    pub(crate) dims: Dims,
+    pub(crate) dtype: i32,
+    pub(crate) format: i32,
+    pub(crate) scale: f32,
+}
+
+/// What a plugin is told of a tensor while the engine is built.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct DynamicPluginTensorDesc {
+    pub(crate) desc: PluginTensorDesc,
+    pub(crate) min: Dims,
+    pub(crate) max: Dims,
+    pub(crate) opt: Dims,
+}
+
+/// Symbolic sizes; the expressions belong to TensorRT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct DimsExprs {
+    pub(crate) count: i32,
+    pub(crate) sizes: [Object; 8],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct PluginField {
+    pub(crate) name: *const c_char,
+    pub(crate) data: *const c_void,
+    pub(crate) kind: i32,
+    pub(crate) length: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct PluginFieldCollection {
+    pub(crate) count: i32,
+    pub(crate) fields: *const PluginField,
+}
+
 // The sizes that clang gives these classes in every header set that was looked at.
 const _: () = {
     assert!(size_of::<Dims>() == 72);
     assert!(size_of::<Weights>() == 24);
     assert!(size_of::<Permutation>() == 32);
     assert!(size_of::<InterfaceInfo>() == 16);
+    assert!(size_of::<PluginTensorDesc>() == 88);
+    assert!(size_of::<DynamicPluginTensorDesc>() == 304);
+    assert!(size_of::<DimsExprs>() == 72);
+    assert!(size_of::<PluginField>() == 24);
+    assert!(size_of::<PluginFieldCollection>() == 16);
 };
 
 /// A virtual table of ours with its Itanium header; objects point at `slots`.

@@ -2,9 +2,9 @@
 use crate::abi::{Dims, Object, call, delete, word};
 use crate::network::Network;
 use crate::progress::{Listener, Monitor};
-use crate::slots::{builder, builder_config, host_memory, network_definition, optimization_profile};
+use crate::slots::{builder, builder_config, host_memory, network_definition, optimization_profile, timing_cache};
 use crate::stream::{BuildSummary, StreamWriter};
-use crate::{Error, Library, OptProfileSelector, ProfilingVerbosity, Result};
+use crate::{Error, Family, Library, OptProfileSelector, PreviewFeature, ProfilingVerbosity, Result};
 use std::ffi::{CString, c_char};
 use std::io::Write;
 use std::rc::Rc;
@@ -43,6 +43,8 @@ pub struct BuildOptions {
     pub compute_capabilities: Vec<u32>,
     /// Keep the builder's description of the layers.
     pub describe: bool,
+    /// What an earlier build measured (TensorRT 10 and later); one of another version or GPU is not used.
+    pub timing_cache: Option<Vec<u8>>,
 }
 
 impl Builder {
@@ -51,8 +53,10 @@ impl Builder {
     pub fn new(library: &'static Library) -> Result<Builder> {
         let object = library.builder()?;
         let inner = BuilderObject { library, object };
-        // With several threads, which of them takes memory first shows in TensorRT-RTX's plans.
-        call!(library.family(), word(object, 1), builder::SET_MAX_THREADS, (1 => i32) -> bool)?;
+        if library.family() == Family::Rtx {
+            // With several threads, which of them takes memory first shows in TensorRT-RTX's plans.
+            call!(library.family(), word(object, 1), builder::SET_MAX_THREADS, (1 => i32) -> bool)?;
+        }
         Ok(Builder { inner: Rc::new(inner) })
     }
 
@@ -91,33 +95,32 @@ impl Builder {
         library.log.take_errors();
         let config = Config::new(&self.inner, options)?;
         let monitor = Monitor::new(progress);
-        let (implementation, monitor_object) = (word(config.0, 1), monitor.object());
+        let (implementation, monitor_object) = (word(config.object, 1), monitor.object());
         call!(family, implementation, builder_config::SET_PROGRESS_MONITOR, (monitor_object => Object) -> ())?;
         let mut writer = StreamWriter::new(out);
         let this = word(self.inner.object, 1);
-        let (network, config) = (network.object(), config.0);
+        let (network, object) = (network.object(), config.object);
         let built = if library.has(builder::BUILD_SERIALIZED_NETWORK_TO_STREAM) {
             let stream = writer.object();
             call!(family, this, builder::BUILD_SERIALIZED_NETWORK_TO_STREAM,
-                (network => Object, config => Object, stream => Object) -> bool)?
+                (network => Object, object => Object, stream => Object) -> bool)?
         } else {
             let memory = call!(family, this, builder::BUILD_SERIALIZED_NETWORK,
-                (network => Object, config => Object) -> Object)?;
-            let built = !memory.is_null();
-            if built {
-                let data = call!(family, word(memory, 1), host_memory::DATA, () -> *const u8)?;
-                let size = call!(family, word(memory, 1), host_memory::SIZE, () -> usize)?;
-                // SAFETY: the plan is `size` bytes at `data` until its owner is deleted below.
-                writer.write(unsafe { std::slice::from_raw_parts(data, size) });
-            }
+                (network => Object, object => Object) -> Object)?;
+            let plan = host_bytes(family, memory)?;
+            let built = plan.map(|plan| writer.write(plan)).is_some();
             delete(memory);
             built
         };
         if monitor.cancelled() {
             return Err(Error::Cancelled);
         }
-        let summary = writer.finish().map_err(Error::Write)?;
-        if built && summary.bytes > 0 { Ok(summary) } else { Err(library.refused()) }
+        let mut summary = writer.finish().map_err(Error::Write)?;
+        if !built || summary.bytes == 0 {
+            return Err(library.refused());
+        }
+        summary.timing_cache = config.measured()?;
+        Ok(summary)
     }
 
     /// The builder's description of the layers of the last engine built with [`BuildOptions::describe`].
@@ -126,12 +129,17 @@ impl Builder {
     }
 }
 
-/// A builder config, deleted with its owner.
-struct Config(Object);
+/// A builder config with the timing cache that it uses.
+struct Config {
+    library: &'static Library,
+    object: Object,
+    cache: Object,
+}
 
 impl Drop for Config {
     fn drop(&mut self) {
-        delete(self.0);
+        delete(self.object);
+        delete(self.cache);
     }
 }
 
@@ -139,8 +147,16 @@ impl Config {
     fn new(inner: &BuilderObject, options: &BuildOptions) -> Result<Config> {
         let library = inner.library;
         let family = library.family();
-        let config = Config(call!(family, word(inner.object, 1), builder::CREATE_BUILDER_CONFIG, () -> Object)?);
-        let this = word(config.0, 1);
+        let object = call!(family, word(inner.object, 1), builder::CREATE_BUILDER_CONFIG, () -> Object)?;
+        let mut config = Config { library, object, cache: std::ptr::null_mut() };
+        let this = word(config.object, 1);
+        if family != Family::Rtx {
+            // Plugins that change an input in place need it; TensorRT-RTX has no plugins.
+            if let Some(feature) = PreviewFeature::AliasedPluginIo1003.value(family) {
+                call!(family, this, builder_config::SET_PREVIEW_FEATURE, (feature => i32, true => bool) -> ())?;
+            }
+            config.remember(options.timing_cache.as_deref().unwrap_or_default())?;
+        }
         if options.describe {
             let value = ProfilingVerbosity::Detailed.value(family).unwrap_or(0);
             call!(family, this, builder_config::SET_PROFILING_VERBOSITY, (value => i32) -> ())?;
@@ -171,6 +187,47 @@ impl Config {
         }
         Ok(config)
     }
+
+    /// Starts from what an earlier build measured; one of another version or GPU is left aside.
+    fn remember(&mut self, measured: &[u8]) -> Result<()> {
+        let (family, this) = (self.library.family(), word(self.object, 1));
+        for bytes in [measured, &[]] {
+            self.cache = call!(family, this, builder_config::CREATE_TIMING_CACHE,
+                (bytes.as_ptr() => *const u8, bytes.len() => usize) -> Object)?;
+            let (cache, of_any_gpu) = (self.cache, false);
+            let accepted = !cache.is_null()
+                && call!(family, this, builder_config::SET_TIMING_CACHE, (cache => Object, of_any_gpu => bool) -> bool)?;
+            if accepted {
+                break;
+            }
+            delete(std::mem::replace(&mut self.cache, std::ptr::null_mut()));
+        }
+        self.library.log.take_errors();
+        Ok(())
+    }
+
+    /// What the builder has measured so far.
+    fn measured(&self) -> Result<Option<Vec<u8>>> {
+        if self.cache.is_null() {
+            return Ok(None);
+        }
+        let family = self.library.family();
+        let memory = call!(family, word(self.cache, 1), timing_cache::SERIALIZE, () -> Object)?;
+        let bytes = host_bytes(family, memory)?.map(<[u8]>::to_vec);
+        delete(memory);
+        Ok(bytes)
+    }
+}
+
+/// The bytes of an `IHostMemory`, until it is deleted.
+fn host_bytes<'m>(family: Family, memory: Object) -> Result<Option<&'m [u8]>> {
+    if memory.is_null() {
+        return Ok(None);
+    }
+    let data = call!(family, word(memory, 1), host_memory::DATA, () -> *const u8)?;
+    let size = call!(family, word(memory, 1), host_memory::SIZE, () -> usize)?;
+    // SAFETY: TensorRT gives `size` bytes at `data` that live as long as the object.
+    Ok(Some(unsafe { std::slice::from_raw_parts(data, size) }))
 }
 
 fn set_range(library: &Library, profile: Object, range: &ShapeRange) -> Result<()> {

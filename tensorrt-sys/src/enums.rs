@@ -578,6 +578,51 @@ impl NetworkDefinitionCreationFlag {
         }
     }
 }
+/// TensorRT's `ExecutionContextAllocationStrategy`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExecutionContextAllocationStrategy {
+    Static,
+    OnProfileChange,
+    UserManaged,
+}
+impl ExecutionContextAllocationStrategy {
+    /// The value in a version family, where it has one.
+    pub fn value(self, family: Family) -> Option<i32> {
+        match (self, family) {
+            (ExecutionContextAllocationStrategy::Static, _) => Some(0),
+            (ExecutionContextAllocationStrategy::OnProfileChange, _) => Some(1),
+            (ExecutionContextAllocationStrategy::UserManaged, _) => Some(2),
+        }
+    }
+}
+/// TensorRT's `LayerInformationFormat`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerInformationFormat {
+    Oneline,
+    Json,
+}
+impl LayerInformationFormat {
+    /// The value in a version family, where it has one.
+    pub fn value(self, family: Family) -> Option<i32> {
+        match (self, family) {
+            (LayerInformationFormat::Oneline, _) => Some(0),
+            (LayerInformationFormat::Json, _) => Some(1),
+        }
+    }
+}
+/// TensorRT's `PluginFieldType`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PluginFieldType {
+    Char,
+}
+impl PluginFieldType {
+    /// The value in a version family, where it has one.
+    pub fn value(self, family: Family) -> Option<i32> {
+        match (self, family) {
+            (PluginFieldType::Char, _) => Some(6),
+        }
+    }
+}
 /// Enum, member and the value by family, for comparing with `enums.tsv`.
 #[cfg(test)]
 pub(crate) type Row = (&'static str, &'static str, fn(Family) -> Option<i32>);
@@ -734,4 +779,16 @@ pub(crate) const ALL: &[Row] = &[
     ("NetworkDefinitionCreationFlag", "kSTRONGLY_TYPED", |family| {
         NetworkDefinitionCreationFlag::StronglyTyped.value(family)
     }),
+    ("ExecutionContextAllocationStrategy", "kSTATIC", |family| {
+        ExecutionContextAllocationStrategy::Static.value(family)
+    }),
+    ("ExecutionContextAllocationStrategy", "kON_PROFILE_CHANGE", |family| {
+        ExecutionContextAllocationStrategy::OnProfileChange.value(family)
+    }),
+    ("ExecutionContextAllocationStrategy", "kUSER_MANAGED", |family| {
+        ExecutionContextAllocationStrategy::UserManaged.value(family)
+    }),
+    ("LayerInformationFormat", "kONELINE", |family| LayerInformationFormat::Oneline.value(family)),
+    ("LayerInformationFormat", "kJSON", |family| LayerInformationFormat::Json.value(family)),
+    ("PluginFieldType", "kCHAR", |family| PluginFieldType::Char.value(family)),
 ];

@@ -4,7 +4,7 @@ use crate::abi::{Dims, Object, Permutation, Weights, call, word};
 use crate::network::{Network, Tensor};
 use crate::slots::{
     attention, convolution_layer, dequantize_layer, fill_layer, gather_layer, layer, network_definition,
-    normalization_layer, shuffle_layer, slice_layer,
+    normalization_layer, shuffle_layer, slice_layer, soft_max_layer,
 };
 use crate::{
     ActivationType, AttentionNormalizationOp, CausalMaskKind, DataType, ElementWiseOperation, Error, FillOperation,
@@ -214,6 +214,15 @@ impl<'w> Network<'w> {
     ) -> Result<Tensor<'_>> {
         let object = call!(self.library().family(), self.this(), network_definition::ADD_SELECT,
             (condition.object => Object, then.object => Object, otherwise.object => Object) -> Object)?;
+        self.finish(name, object)
+    }
+
+    pub fn softmax(&self, name: &str, x: Tensor<'_>, axis: usize) -> Result<Tensor<'_>> {
+        let (family, mask) = (self.library().family(), self.axes(name, x, &[axis])?);
+        let object = call!(family, self.this(), network_definition::ADD_SOFT_MAX, (x.object => Object) -> Object)?;
+        if !object.is_null() {
+            call!(family, word(object, 2), soft_max_layer::SET_AXES, (mask => u32) -> ())?;
+        }
         self.finish(name, object)
     }
 

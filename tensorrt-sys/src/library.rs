@@ -22,7 +22,7 @@ pub struct Library {
     path: PathBuf,
     version: [i32; 4],
     family: Family,
-    create_builder: unsafe extern "C" fn(Object, i32) -> Object,
+    loaded: &'static libloading::Library,
     pub(crate) log: &'static Log,
 }
 
@@ -67,14 +67,8 @@ impl Library {
                 return Err(Error::Version { path: path.into(), found: format!("version {major}.{minor}") });
             }
         };
-        // SAFETY: the signature of this C function is the same in every version.
-        let create_builder = unsafe {
-            *loaded
-                .get::<unsafe extern "C" fn(Object, i32) -> Object>(b"createInferBuilder_INTERNAL")
-                .map_err(|_| Error::Symbol { path: path.into(), symbol: "createInferBuilder_INTERNAL" })?
-        };
         let log = Log::leak(family);
-        Ok(Library { path: path.into(), version, family, create_builder, log })
+        Ok(Library { path: path.into(), version, family, loaded, log })
     }
 
     pub fn path(&self) -> &Path {
@@ -102,18 +96,40 @@ impl Library {
         self.log.listen(Box::new(listener));
     }
 
-    /// A builder object, after making sure that asking for one is safe and the library is what it says.
-    pub(crate) fn builder(&'static self) -> Result<Object> {
-        // Without a driver, TensorRT 10 throws through this C function and the process is gone.
+    /// Calls one of the two functions that everything starts from.
+    fn create(&self, symbol: &'static str) -> Result<Object> {
+        // Without a driver, TensorRT 10 throws through these C functions and the process is gone.
         if self.family != Family::Rtx && !driver_works() {
             return Err(Error::NoDriver);
         }
         let [major, minor, patch, _] = self.version;
-        // SAFETY: the logger is never freed; the version is the library's own.
-        let object = unsafe { (self.create_builder)(self.log.object(), major * 10000 + minor * 100 + patch) };
-        if object.is_null() {
-            return Err(self.refused());
+        // SAFETY: the signature of these C functions is the same in every version; the logger is never freed; the
+        // version is the library's own.
+        let object = unsafe {
+            let function = self.loaded.get::<unsafe extern "C" fn(Object, i32) -> Object>(symbol.as_bytes());
+            let function = function.map_err(|_| Error::Symbol { path: self.path.clone(), symbol })?;
+            function(self.log.object(), major * 10000 + minor * 100 + patch)
+        };
+        if object.is_null() { Err(self.refused()) } else { Ok(object) }
+    }
+
+    pub(crate) fn runtime(&'static self) -> Result<Object> {
+        self.create("createInferRuntime_INTERNAL")
+    }
+
+    /// The registry of plugins, which belongs to the library.
+    pub(crate) fn plugin_registry(&self) -> Result<Object> {
+        let symbol = "getPluginRegistry";
+        // SAFETY: this C function takes nothing and gives a pointer, in every version.
+        unsafe {
+            let function = self.loaded.get::<unsafe extern "C" fn() -> Object>(symbol.as_bytes());
+            Ok(function.map_err(|_| Error::Symbol { path: self.path.clone(), symbol })?())
         }
+    }
+
+    /// A builder object, after making sure that asking for one is safe and the library is what it says.
+    pub(crate) fn builder(&'static self) -> Result<Object> {
+        let object = self.create("createInferBuilder_INTERNAL")?;
         self.check_tables(object).inspect_err(|_| delete(object))?;
         Ok(object)
     }

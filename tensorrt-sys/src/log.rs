@@ -75,7 +75,7 @@ impl Log {
         self.state().listener = Some(listener);
     }
 
-    fn message(&self, severity: Severity, text: &str) {
+    pub(crate) fn message(&self, severity: Severity, text: &str) {
         let mut state = self.state();
         if let Some(listener) = &state.listener {
             listener(severity, text);

@@ -2,9 +2,10 @@
 //! it was made; layers carry the name they are given.
 use crate::abi::{Dims, Object, Weights, call, delete, word};
 use crate::builder::BuilderObject;
+use crate::plugin::{Plugin, PluginObject};
 use crate::slots::{layer, network_definition, tensor};
 use crate::{DataType, Error, Library, Result};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_char};
 use std::marker::PhantomData;
 use std::rc::Rc;
@@ -15,6 +16,8 @@ pub struct Network<'w> {
     object: Object,
     /// Invariant, so that `'w` cannot be shortened to let in a constant that dies earlier.
     constants: PhantomData<Cell<&'w [u8]>>,
+    /// TensorRT works on copies of them, but may look at the originals until the network is gone.
+    plugins: RefCell<Vec<Box<PluginObject>>>,
 }
 
 /// A tensor of a network.
@@ -32,7 +35,7 @@ impl Drop for Network<'_> {
 
 impl<'w> Network<'w> {
     pub(crate) fn new(builder: Rc<BuilderObject>, object: Object) -> Network<'w> {
-        Network { builder, object, constants: PhantomData }
+        Network { builder, object, constants: PhantomData, plugins: RefCell::default() }
     }
 
     pub(crate) fn object(&self) -> Object {
@@ -95,6 +98,31 @@ impl<'w> Network<'w> {
         let object = call!(self.library().family(), self.this(), network_definition::ADD_CONSTANT,
             (&raw const dims => *const Dims, weights => Weights) -> Object)?;
         self.finish(name, object)
+    }
+
+    /// A layer of ours.
+    ///
+    /// # Errors
+    /// A library without plugins, or inputs that do not fit.
+    pub fn plugin(&self, name: &str, inputs: &[Tensor<'_>], plugin: Box<dyn Plugin>) -> Result<Vec<Tensor<'_>>> {
+        let family = self.library().family();
+        let plugin = PluginObject::new(self.library(), plugin)?;
+        let objects: Vec<Object> = inputs.iter().map(|input| input.object).collect();
+        let (count, none) = (objects.len() as i32, std::ptr::null::<Object>());
+        let object = call!(family, self.this(), network_definition::ADD_PLUGIN_V3, (objects.as_ptr() => *const Object,
+            count => i32, none => *const Object, 0 => i32, plugin.object() => Object) -> Object)?;
+        let outputs = plugin.outputs();
+        self.plugins.borrow_mut().push(plugin);
+        if object.is_null() {
+            return Err(self.library().refused());
+        }
+        let (this, text) = (word(object, 1), Self::text(name)?);
+        call!(family, this, layer::SET_NAME, (text.as_ptr() => *const c_char) -> ())?;
+        let output = |place: usize| {
+            let output = call!(family, this, layer::GET_OUTPUT, (place as i32 => i32) -> Object)?;
+            self.checked(&format!("{name}/{place}"), output)
+        };
+        (0..outputs).map(output).collect()
     }
 
     /// TensorRT itself takes a wrong count without a word.

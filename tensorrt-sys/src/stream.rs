@@ -11,6 +11,8 @@ pub struct BuildSummary {
     pub bytes: u64,
     /// SHA-256 in hexadecimal.
     pub sha256: String,
+    /// What the builder measured, for the next build; TensorRT 10 and later.
+    pub timing_cache: Option<Vec<u8>>,
 }
 
 #[repr(C)]
@@ -52,7 +54,7 @@ impl<'w> StreamWriter<'w> {
         }
         self.out.flush()?;
         let sha256 = self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(BuildSummary { bytes: self.bytes, sha256 })
+        Ok(BuildSummary { bytes: self.bytes, sha256, timing_cache: None })
     }
 }
 
