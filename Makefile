@@ -18,6 +18,7 @@ demo:
 
 backend:
 	$(TRTVLM) backend install rtx
+	$(TRTVLM) backend install nvrtc
 
 # NVIDIA's public headers, for comparing the tables with: fetched, never built, never a dependency.
 headers:

@@ -164,9 +164,9 @@ pub struct InspectArgs {
 pub enum BackendCommand {
     /// Show the TensorRT libraries found, and what each can do here
     List,
-    /// Get the TensorRT-RTX library from PyPI
+    /// Get a library from PyPI: TensorRT-RTX, or NVRTC, which --target tensorrt needs to build
     Install {
-        #[arg(value_parser = ["rtx"])]
+        #[arg(value_parser = ["rtx", "nvrtc"])]
         name: String,
         /// Install again
         #[arg(long)]

@@ -11,6 +11,7 @@ pub mod engine_dir;
 pub mod failure;
 pub mod lower;
 pub mod passes;
+pub mod plugins;
 pub mod processor;
 pub mod report;
 pub mod runtime;

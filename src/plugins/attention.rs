@@ -1,0 +1,186 @@
+//! Attention over an in-place key/value cache, rotary positions included: `attention.cu` as a TensorRT layer.
+//!
+//! Inputs: query `[batch, tokens, heads * head_dim]`, key and value `[batch, tokens, kv_heads * head_dim]`, key and value
+//! cache `[batch, kv_heads, rows, head_dim]`, past and sequence lengths int32 `[batch]`; with rotary positions then
+//! position ids int32 `[batch, tokens]` and the table float32 `[rows, head_dim / 2, 2]` of cosines and sines.
+//! Outputs: the mix, of the query's shape, and the two caches, changed in place.
+use super::kernel::{Compiler, Kernels, Launch};
+use super::nvrtc::CompileError;
+use crate::lower::data_type;
+use graphs::DType;
+use serde::{Deserialize, Serialize};
+use std::ffi::{CStr, c_void};
+use tensorrt_sys::{DataType, Plugin, PluginCall, PluginOutput, PluginTensor, Signature};
+
+const SOURCE: &str = include_str!("attention.cu");
+
+/// As in the source: cache rows of one block, warps of a block, queries of a block and keys of a step of the other kernel.
+const CHUNK: usize = 64;
+const WARPS: usize = 4;
+const QUERIES: usize = 16;
+const KEYS: usize = 32;
+
+/// Up to as many tokens a request the keys are split over blocks: there are too few queries to fill a GPU.
+const FEW_TOKENS: usize = 4;
+
+/// The largest head whose tiles fit into the shared memory of every GPU from sm80 on.
+pub const LARGEST_HEAD: usize = 256;
+
+/// Everything that is compiled into the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttentionShape {
+    pub dtype: DType,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub scale: f32,
+    pub rotary: bool,
+    pub causal: bool,
+}
+
+impl AttentionShape {
+    fn options(&self) -> Vec<String> {
+        let kind = match self.dtype {
+            DType::Float16 => 1,
+            DType::Bfloat16 => 2,
+            _ => 0,
+        };
+        vec![
+            format!("-DTYPE={kind}"),
+            format!("-DHEADS={}", self.heads),
+            format!("-DKV_HEADS={}", self.kv_heads),
+            format!("-DHEAD_DIM={}", self.head_dim),
+            format!("-DSCALE={:e}f", self.scale),
+            format!("-DROTARY={}", u8::from(self.rotary)),
+            format!("-DCAUSAL={}", u8::from(self.causal)),
+        ]
+    }
+}
+
+pub struct AttentionPlugin {
+    shape: AttentionShape,
+    kernels: Kernels,
+}
+
+impl AttentionPlugin {
+    pub const NAME: &'static CStr = c"TrtvlmAttention";
+
+    /// # Errors
+    /// The compiler's log.
+    pub fn new(shape: AttentionShape, compiler: &Compiler) -> Result<AttentionPlugin, CompileError> {
+        let code = compiler.compile("attention.cu", SOURCE, shape.options())?;
+        Ok(AttentionPlugin { shape, kernels: Kernels::new(code) })
+    }
+
+    pub(super) fn create(state: &[u8]) -> Result<Box<dyn Plugin>, String> {
+        let (shape, kernels) = Kernels::restore(state)?;
+        Ok(Box::new(AttentionPlugin { shape, kernels }))
+    }
+}
+
+impl Plugin for AttentionPlugin {
+    fn name(&self) -> &'static CStr {
+        AttentionPlugin::NAME
+    }
+
+    fn signature(&self) -> Signature {
+        let (own, int) = (data_type(self.shape.dtype), DataType::Int32);
+        let rotary = [int, DataType::Float];
+        let rotary = if self.shape.rotary { &rotary[..] } else { &[] };
+        let output = |like, in_place| PluginOutput { dtype: own, like, in_place };
+        Signature {
+            inputs: [&[own; 5][..], &[int; 2], rotary].concat(),
+            outputs: vec![output(0, false), output(3, true), output(4, true)],
+        }
+    }
+
+    fn state(&self) -> Vec<u8> {
+        self.kernels.store(&self.shape)
+    }
+
+    /// Parts of the mix with their maxima and sums.
+    fn workspace(&self, inputs: &[Vec<i64>]) -> usize {
+        let Some(Sizes { batch, tokens, rows }) = sizes(inputs.iter().map(Vec::as_slice)) else { return 0 };
+        let parts = batch * tokens.min(FEW_TOKENS) * self.shape.heads * rows.div_ceil(CHUNK);
+        parts * (self.shape.head_dim + 2) * size_of::<f32>()
+    }
+
+    fn enqueue(&self, call: &PluginCall<'_>) -> Result<(), String> {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let Sizes { batch, tokens, rows } =
+            sizes(call.inputs.iter().map(|input| input.shape.as_slice())).ok_or("its inputs have other shapes")?;
+        let mut at = [0u64; 9];
+        for (address, input) in std::iter::zip(&mut at, call.inputs) {
+            *address = input.address;
+        }
+        let [mut query, mut key, mut value, key_cache, value_cache, mut past, mut sequence, mut positions, mut table] =
+            at;
+        let [mix, new_keys, new_values] = call.outputs else { return Err("it has other outputs".into()) };
+        // Everything rests on it: a copy of the cache would be changed, and lost.
+        if new_keys.address != key_cache || new_values.address != value_cache {
+            return Err("the cache was copied instead of changed in place".into());
+        }
+        let (mut keys, mut values) = (key_cache, value_cache);
+        let PluginTensor { address: mut mix, .. } = mix.clone();
+        let (mut workspace, mut token_count, mut row_count) = (call.workspace, tokens as i32, rows as i32);
+        macro_rules! launch {
+            ($name:literal, $grid:expr, $threads:expr, $shared:expr, [$($argument:ident),*]) => {{
+                let launch = Launch { grid: $grid, threads: $threads as u32, shared: $shared };
+                let arguments = &mut [$((&raw mut $argument).cast::<c_void>()),*];
+                // SAFETY: the arguments are those of the kernel in attention.cu; shapes were checked by TensorRT
+                // against the signature, and sizes are taken from them.
+                unsafe { self.kernels.launch($name, launch, call.stream, arguments) }
+            }};
+        }
+        let threads = (kv_heads * head_dim).next_multiple_of(32).min(512);
+        launch!(
+            "append",
+            [tokens, batch, 1],
+            threads,
+            0,
+            [key, value, keys, values, positions, past, sequence, table, token_count, row_count]
+        )?;
+        if tokens <= FEW_TOKENS {
+            let splits = rows.div_ceil(CHUNK);
+            let mut split_count = splits as i32;
+            launch!(
+                "attend_part",
+                [splits, heads, batch * tokens],
+                WARPS * 32,
+                0,
+                [query, keys, values, positions, past, sequence, table, workspace, token_count, row_count]
+            )?;
+            launch!(
+                "attend_join",
+                [heads, batch * tokens, 1],
+                head_dim.next_multiple_of(32).min(256),
+                0,
+                [workspace, mix, past, sequence, token_count, row_count, split_count]
+            )
+        } else {
+            let width = head_dim.next_multiple_of(4);
+            let shared = (QUERIES * width + 2 * KEYS * (width + 4)) * size_of::<f32>();
+            launch!(
+                "attend_all",
+                [tokens.div_ceil(QUERIES), heads, batch],
+                WARPS * 32,
+                shared,
+                [query, keys, values, positions, past, sequence, table, mix, token_count, row_count]
+            )
+        }
+    }
+}
+
+struct Sizes {
+    batch: usize,
+    tokens: usize,
+    rows: usize,
+}
+
+/// From the shapes of the query and the key cache.
+fn sizes<'s>(mut inputs: impl Iterator<Item = &'s [i64]>) -> Option<Sizes> {
+    let &[batch, tokens, _] = inputs.next()? else { return None };
+    let &[_, _, rows, _] = inputs.nth(2)? else { return None };
+    let size = |size: i64| usize::try_from(size).ok();
+    Some(Sizes { batch: size(batch)?, tokens: size(tokens)?, rows: size(rows)? })
+}

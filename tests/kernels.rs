@@ -1,0 +1,45 @@
+//! Every kernel compiles for every GPU generation that TensorRT 10 is built for. NVRTC needs no GPU; `make test` gets it.
+#![cfg(feature = "rtx")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+use graphs::DType;
+use tensorrt_sys::Plugin;
+use trtvlm::backend::{Kind, find};
+use trtvlm::plugins::{AttentionPlugin, AttentionShape, Compiler, GreedyPlugin};
+
+const GPUS: [u32; 3] = [80, 89, 90];
+
+fn compiler(gpu: u32) -> Compiler {
+    Compiler::new(&find(Kind::Nvrtc).unwrap(), gpu).unwrap()
+}
+
+#[test]
+fn attention_compiles_for_every_gpu_type_and_head() {
+    for gpu in GPUS {
+        let compiler = compiler(gpu);
+        for dtype in [DType::Float32, DType::Float16, DType::Bfloat16] {
+            // Odd widths take the plain loads; 64 and 128 the wide ones; 256 the most shared memory.
+            for (head_dim, rotary) in [(6, false), (8, true), (64, true), (80, false), (128, true), (256, false)] {
+                let shape =
+                    AttentionShape { dtype, heads: 4, kv_heads: 2, head_dim, scale: 0.125, rotary, causal: rotary };
+                let plugin = AttentionPlugin::new(shape, &compiler).unwrap();
+                let state = plugin.state();
+                // A cubin is an ELF file.
+                assert!(state.windows(4).any(|bytes| bytes == b"\x7fELF"), "sm{gpu} {dtype} {head_dim}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_greedy_choice_compiles_for_every_gpu() {
+    for gpu in GPUS {
+        assert!(GreedyPlugin::new(&compiler(gpu)).unwrap().state().windows(4).any(|bytes| bytes == b"\x7fELF"));
+    }
+}
+
+#[test]
+fn a_refused_source_carries_the_log() {
+    let compiler = compiler(90);
+    let error = compiler.compile("broken.cu", "__global__ void f() { missing(); }", Vec::new()).unwrap_err();
+    assert!(error.to_string().contains("identifier \"missing\" is undefined"), "{error}");
+}
