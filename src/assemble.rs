@@ -1,5 +1,5 @@
 //! A directory from compiled networks: weights, engines, processor files, manifest.
-use crate::builder::{BuildEvent, BuildFailure, BuiltEngine, ConstantPlace, EngineSpec, Supervisor};
+use crate::builder::{BuildEvent, BuildFailure, BuiltEngine, ConstantPlace, EngineSpec, LocalSpec, Supervisor};
 use crate::checkpoint::CheckpointError;
 use crate::compile::Compiled;
 use crate::engine_dir::manifest::{self, Manifest, TargetEntry};
@@ -38,17 +38,22 @@ impl AssembleError {
     }
 }
 
-/// The engines of TensorRT-RTX that are wanted.
-pub struct RtxTarget<'t> {
+/// Engines that are wanted. A directory holds those of one library only: their files have TensorRT-LLM's names.
+pub struct EngineTarget {
+    /// `rtx` or `tensorrt`.
+    pub name: &'static str,
     pub library: PathBuf,
+    /// TensorRT-RTX: what the engines run on.
     pub gpus: Vec<u32>,
-    pub supervisor: Supervisor<'t>,
+    /// TensorRT: what building for the GPU at hand needs.
+    pub local: Option<LocalSpec>,
 }
 
 pub struct Assembly<'a> {
     pub output: &'a Path,
     pub reference: bool,
-    pub rtx: Option<RtxTarget<'a>>,
+    pub engines: Option<EngineTarget>,
+    pub supervisor: Supervisor<'a>,
     /// The model as it was named.
     pub model: String,
     /// The command that builds the directory again.
@@ -85,7 +90,7 @@ pub fn assemble(
     events: &mut dyn FnMut(Event<'_>),
 ) -> Result<Manifest, AssembleError> {
     let mut staging = Staging::start(assembly.output, |path| events(Event::Waiting(path)))?;
-    let mut library = None;
+    let mut built = None;
     for passed in &compiled.networks {
         let network = &passed.network;
         let config = EngineConfig::new(
@@ -98,14 +103,12 @@ pub fn assemble(
         let text = serde_json::to_string_pretty(&config)?;
         staging.write(&format!("{}/config.json", network.name), format!("{text}\n").as_bytes())?;
         let places = store(compiled, passed, assembly, &mut staging, events)?;
-        if assembly.reference {
-            let text = graphs::print(network);
-            staging.write(&format!("{}/{NETWORK}", network.name), text.as_bytes())?;
-        }
-        if let Some(rtx) = &assembly.rtx {
-            let engine = build(compiled, network, rtx, places, &mut staging, events)?;
+        // What the engine computes; the reference interprets it, `bench` counts its work.
+        staging.write(&format!("{}/{NETWORK}", network.name), graphs::print(network).as_bytes())?;
+        if let Some(target) = &assembly.engines {
+            let engine = build(compiled, network, target, &assembly.supervisor, places, &mut staging, events)?;
             events(Event::Built { network: &network.name, engine: &engine });
-            library = Some(engine.library);
+            built = Some(engine);
         }
     }
     staging.discard(WORK)?;
@@ -115,9 +118,11 @@ pub fn assemble(
     if assembly.reference {
         targets.insert("reference".to_owned(), TargetEntry::default());
     }
-    if let Some(rtx) = &assembly.rtx {
-        let gpus = rtx.gpus.iter().map(|gpu| format!("sm{gpu}")).collect();
-        targets.insert("rtx".to_owned(), TargetEntry { library, gpus });
+    if let (Some(target), Some(BuiltEngine { library, gpu, .. })) = (&assembly.engines, built) {
+        let gpus = target.gpus.iter().copied().chain(gpu.as_ref().map(|gpu| gpu.capability));
+        let gpus = gpus.map(|gpu| format!("sm{gpu}")).collect();
+        let entry = TargetEntry { library: Some(library), gpus, built_on: gpu.map(|gpu| gpu.name) };
+        targets.insert(target.name.to_owned(), entry);
     }
     Ok(staging.publish(Manifest {
         schema: manifest::SCHEMA,
@@ -213,26 +218,26 @@ fn mapped(compiled: &Compiled, weight: &Weight) -> Option<ConstantPlace> {
 fn build(
     compiled: &Compiled,
     network: &Network,
-    rtx: &RtxTarget<'_>,
+    target: &EngineTarget,
+    supervisor: &Supervisor<'_>,
     constants: BTreeMap<String, ConstantPlace>,
     staging: &mut Staging,
     events: &mut dyn FnMut(Event<'_>),
 ) -> Result<BuiltEngine, AssembleError> {
-    let text = format!("{WORK}/{}.txt", network.name);
-    staging.write(&text, graphs::print(network).as_bytes())?;
     let name = engine_name(&network.name);
     let spec = EngineSpec {
         name: network.name.clone(),
-        network: staging.place(&text)?,
-        library: rtx.library.clone(),
-        gpus: rtx.gpus.clone(),
+        network: staging.place(&format!("{}/{NETWORK}", network.name))?,
+        library: target.library.clone(),
+        gpus: target.gpus.clone(),
+        local: target.local.clone(),
         sizes: compiled.sizes,
         constants,
         engine: staging.place(&name)?,
     };
     let work = staging.folder(&format!("{WORK}/{}", network.name))?;
     let mut forward = |event: BuildEvent<'_>| events(Event::Engine { network: &network.name, event });
-    let engine = rtx.supervisor.build(&spec, &work, &mut forward)?;
+    let engine = supervisor.build(&spec, &work, &mut forward)?;
     staging.written(&name, FileEntry { bytes: engine.bytes, sha256: engine.sha256.clone() });
     Ok(engine)
 }

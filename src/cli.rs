@@ -50,6 +50,14 @@ pub enum Command {
     #[command(after_help = "Examples:\n  trtvlm run engines --image merlion.png --prompt \"Which city is this?\"\n  \
         trtvlm run engines --target reference --prompt \"The capital of France is\" --max-new-tokens 4 --json")]
     Run(RunArgs),
+    /// Compare engines with the reference on the same random input
+    #[command(after_help = "Examples:\n  trtvlm verify engines\n  trtvlm verify engines --layers --steps 4 --json")]
+    Verify(VerifyArgs),
+    /// Measure how fast engines run, against what the GPU can do
+    #[command(
+        after_help = "Examples:\n  trtvlm bench engines\n  trtvlm bench engines --batch 1,4,8 --input-len 128,640 --json"
+    )]
+    Bench(BenchArgs),
     /// Describe a built directory, a weight file or a checkpoint
     #[command(after_help = "Examples:\n  trtvlm inspect engines\n  trtvlm inspect ./llava-1.5-7b-hf --tensors")]
     Inspect(InspectArgs),
@@ -124,6 +132,9 @@ pub struct BuildArgs {
     /// Write the network's text after each pass into this folder
     #[arg(long, value_name = "DIR")]
     pub dump: Option<PathBuf>,
+    /// Make results inside the networks outputs too, for `verify --layers`: patterns of paths, as in recipes
+    #[arg(long, value_name = "PATTERN", num_args = 1..)]
+    pub mark: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -136,8 +147,9 @@ pub struct PlanArgs {
 pub struct RunArgs {
     /// A directory that `build` wrote
     pub directory: PathBuf,
-    #[arg(long, value_enum, default_value = "reference")]
-    pub target: Target,
+    /// What runs it [default: tensorrt where the directory has it, else reference]
+    #[arg(long, value_enum)]
+    pub target: Option<Target>,
     /// Pictures: one for each prompt, or as many as the prompts hold placeholders
     #[arg(long, num_args = 1.., value_name = "FILE")]
     pub image: Vec<PathBuf>,
@@ -150,6 +162,47 @@ pub struct RunArgs {
     /// Put each prompt into the checkpoint's chat template
     #[arg(long)]
     pub chat: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// A directory that `build` wrote for the reference too
+    pub directory: PathBuf,
+    #[arg(long, value_enum, default_value = "tensorrt")]
+    pub target: Target,
+    /// Also compare the layers that were marked (`build --mark`)
+    #[arg(long)]
+    pub layers: bool,
+    /// Decode steps after the prompt
+    #[arg(long, default_value_t = 32)]
+    pub steps: usize,
+    /// Requests of different lengths [default: as many as the engines take]
+    #[arg(long)]
+    pub batch: Option<usize>,
+    /// Tokens of the longest prompt [default: one picture and 16 words]
+    #[arg(long)]
+    pub input_len: Option<usize>,
+    /// Largest relative error [default: float32 1e-3, float16 1e-2, bfloat16 6e-2]
+    #[arg(long)]
+    pub bound: Option<f64>,
+    /// Of the random input
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// A directory that `build` wrote for tensorrt
+    pub directory: PathBuf,
+    /// Requests in one call [default: 1]
+    #[arg(long, value_delimiter = ',')]
+    pub batch: Vec<usize>,
+    /// Tokens of a prompt with its picture [default: a picture and 64 words, or 128 words]
+    #[arg(long, value_delimiter = ',')]
+    pub input_len: Vec<usize>,
+    /// Decode steps measured [default: 48]
+    #[arg(long)]
+    pub output_len: Option<usize>,
 }
 
 #[derive(Debug, Args)]
@@ -241,8 +294,19 @@ pub enum Target {
     Reference,
     /// TensorRT-RTX engines, built without a GPU
     Rtx,
-    /// TensorRT 10 engines
+    /// TensorRT 10 engines, built and run on the GPU at hand
     Tensorrt,
+}
+
+impl Target {
+    /// Its name in a manifest.
+    pub fn name(self) -> &'static str {
+        match self {
+            Target::Reference => "reference",
+            Target::Rtx => "rtx",
+            Target::Tensorrt => "tensorrt",
+        }
+    }
 }
 
 /// A type, or none for the checkpoint's own.
@@ -302,6 +366,8 @@ fn dispatch(command: &Command, printer: &Printer) -> Result<(), Failure> {
         Command::Build(args) => commands::build::run(args, printer),
         Command::Plan(args) => commands::plan::run(args, printer),
         Command::Run(args) => commands::run::run(args, printer),
+        Command::Verify(args) => commands::verify::run(args, printer),
+        Command::Bench(args) => commands::bench::run(args, printer),
         Command::Inspect(args) => commands::inspect::run(args, printer),
         Command::Backend { command } => commands::backend::run(command, printer),
         Command::Demo(args) => commands::demo::run(args, printer),

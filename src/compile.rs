@@ -53,6 +53,8 @@ pub struct Request {
     pub logits: Logits,
     /// Where the text after each pass is written.
     pub dump: Option<PathBuf>,
+    /// Patterns of paths whose results become outputs too.
+    pub marks: Vec<String>,
 }
 
 pub struct Compiled {
@@ -87,7 +89,13 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     for network in networks {
         let recipe = if network.name == "vision" { &vision } else { &language };
         quantization.insert(network.name.clone(), recipe.name.clone());
-        passed.push(passes::run(network, &passes::Plan { recipe, dump: request.dump.clone() })?);
+        let plan = passes::Plan { recipe, dump: request.dump.clone(), marks: &request.marks };
+        passed.push(passes::run(network, &plan)?);
+    }
+    let idle = |pattern: &&String| passed.iter().all(|passed: &Passed| !passed.marked.contains(pattern));
+    if let Some(pattern) = request.marks.iter().find(idle) {
+        let reason = "it matches no layer".to_owned();
+        return Err(PassError::Mark { pattern: pattern.clone(), reason }.into());
     }
     Ok(Compiled { source, dtype, sizes, networks: passed, quantization })
 }

@@ -10,6 +10,14 @@ pub fn to_f32(dtype: DType, bytes: &[u8]) -> Vec<f32> {
     values
 }
 
+/// Values as the bytes of a float type, rounded to nearest even.
+pub fn from_f32(dtype: DType, values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; dtype.bytes(values.len())];
+    // What overflows becomes infinite, as on a device.
+    let _ = narrow(values, dtype, &mut bytes);
+    bytes
+}
+
 fn each<const N: usize>(bytes: &[u8], values: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
     for (bytes, value) in bytes.as_chunks::<N>().0.iter().zip(values) {
         *value = convert(*bytes);

@@ -166,6 +166,15 @@ fn glob(pattern: &str) -> Result<GlobMatcher, globset::Error> {
     GlobBuilder::new(&slashed).literal_separator(true).build().map(|glob| glob.compile_matcher())
 }
 
+/// A pattern of layer paths, as in a recipe's `match`: `*` stands for one part between dots, `**` for any number.
+///
+/// # Errors
+/// What is wrong with the pattern.
+pub fn path_glob(pattern: &str) -> Result<impl Fn(&str) -> bool, String> {
+    let matcher = glob(pattern).map_err(|error| error.kind().to_string())?;
+    Ok(move |path: &str| matcher.is_match(path.replace('.', "/")))
+}
+
 /// Chooses a format for each linear layer: path, outputs, inputs.
 ///
 /// # Errors

@@ -207,6 +207,13 @@ pub fn list(environment: &Environment) -> Vec<FoundLibrary> {
     found
 }
 
+/// Where TensorRT's measurements are kept from one build to the next.
+pub fn timings_folder() -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value: &OsString| !value.is_empty()).map(PathBuf::from);
+    let cache = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?;
+    Some(cache.join("trtvlm/timings"))
+}
+
 /// Whether a CUDA driver seems to be there: its device files, or its library in the usual places.
 pub fn has_driver() -> bool {
     let places = ["/proc/driver/nvidia/version", "/usr/lib/x86_64-linux-gnu/libcuda.so.1", "/usr/lib64/libcuda.so.1"];

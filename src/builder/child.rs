@@ -1,6 +1,9 @@
 //! The child's side: one engine, then the end.
-use super::{ChildMessage, EngineSpec, MARK};
+use super::timings::Timings;
+use super::{ChildMessage, EngineSpec, LocalSpec, MARK};
+use crate::device::{Device, DeviceError, Gpu};
 use crate::lower::{self, Constants, LowerError};
+use crate::plugins::{self, Compiler};
 use graphs::GraphError;
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -20,6 +23,8 @@ enum ChildError {
     Graph(#[from] GraphError),
     #[error("TensorRT refused the network")]
     Lower(#[from] LowerError),
+    #[error("the GPU cannot be used")]
+    Device(#[from] DeviceError),
     #[error("TensorRT could not build the engine")]
     TensorRt(#[from] trt::Error),
 }
@@ -33,9 +38,8 @@ pub fn build_engine(spec: &Path) -> bool {
             let _ = writeln!(std::io::stdout(), "{MARK}{text}");
         }
     };
-    let built = trt::steady()
-        .map_err(|source| ChildError::File { path: "/proc/self/exe".into(), source })
-        .and_then(|()| build(spec, &say));
+    trt::die_with_parent();
+    let built = build(spec, &say);
     match built {
         Ok(done) => {
             say(&done);
@@ -57,6 +61,9 @@ fn build(spec: &Path, say: &(dyn Fn(&ChildMessage) + Sync)) -> Result<ChildMessa
     let text = std::fs::read(spec).map_err(file(spec))?;
     let spec: EngineSpec =
         serde_json::from_slice(&text).map_err(|source| ChildError::Spec { path: spec.into(), source })?;
+    if spec.local.is_none() {
+        trt::steady().map_err(|source| ChildError::File { path: "/proc/self/exe".into(), source })?;
+    }
     let network = graphs::parse(&std::fs::read_to_string(&spec.network).map_err(file(&spec.network))?)?;
     graphs::verify(&network)?;
     let library = trt::Library::open(&spec.library)?;
@@ -65,15 +72,17 @@ fn build(spec: &Path, say: &(dyn Fn(&ChildMessage) + Sync)) -> Result<ChildMessa
             let _ = writeln!(std::io::stderr(), "{}", text.trim());
         }
     });
+    let local = spec.local.as_ref().map(|local| Local::open(local, library)).transpose()?;
     let builder = trt::Builder::new(library)?;
     let constants = Constants::open(spec.constants).map_err(LowerError::from)?;
     let target = builder.network(&spec.name)?;
-    lower::lower(&network, &target, &constants, spec.sizes)?;
+    let compiler = local.as_ref().map(|local| &local.compiler);
+    lower::lower(&network, &target, &constants, spec.sizes, compiler)?;
     let options = trt::BuildOptions {
         profiles: lower::profiles(&network, &spec.sizes),
         compute_capabilities: spec.gpus,
         describe: false,
-        timing_cache: None,
+        timing_cache: local.as_ref().and_then(|local| local.timings.read()),
     };
     let mut out = BufWriter::new(File::create(&spec.engine).map_err(file(&spec.engine))?);
     let summary = builder.build_to(&target, &options, &mut out, &mut |trt::Progress { phase, step, steps }| {
@@ -81,8 +90,29 @@ fn build(spec: &Path, say: &(dyn Fn(&ChildMessage) + Sync)) -> Result<ChildMessa
         ControlFlow::Continue(())
     })?;
     out.into_inner().map_err(|error| file(&spec.engine)(error.into_error()))?;
+    if let (Some(local), Some(measured)) = (&local, &summary.timing_cache) {
+        local.timings.write(measured);
+    }
+    let gpu = local.map(|local| local.gpu);
     let seconds = start.elapsed().as_secs_f64();
-    Ok(ChildMessage::Done { bytes: summary.bytes, sha256: summary.sha256, library: library.name(), seconds })
+    Ok(ChildMessage::Done { bytes: summary.bytes, sha256: summary.sha256, library: library.name(), gpu, seconds })
+}
+
+/// The GPU at hand and what building for it takes.
+struct Local {
+    gpu: Gpu,
+    compiler: Compiler,
+    timings: Timings,
+}
+
+impl Local {
+    fn open(spec: &LocalSpec, library: &'static trt::Library) -> Result<Local, ChildError> {
+        let gpu = Device::open()?.gpu()?;
+        plugins::register(library)?;
+        let compiler = Compiler::new(&spec.nvrtc, gpu.capability).map_err(LowerError::from)?;
+        let timings = Timings::new(spec.timings.as_deref(), &library.name(), &gpu);
+        Ok(Local { gpu, compiler, timings })
+    }
 }
 
 fn failed(error: &ChildError) -> ChildMessage {
@@ -105,6 +135,7 @@ fn failed(error: &ChildError) -> ChildMessage {
     }
     let hint = match error {
         ChildError::TensorRt(error) => error.hint(),
+        ChildError::Device(error) => error.hint(),
         _ => None,
     };
     ChildMessage::Failed { message: error.to_string(), causes, hint }

@@ -1,10 +1,12 @@
 //! Engines are built in child processes: a crash inside TensorRT becomes an error, and memory is given back.
 mod child;
 mod supervise;
+mod timings;
 
 pub use child::build_engine;
 pub use supervise::{BuildEvent, BuildFailure, Supervisor};
 
+use crate::device::Gpu;
 use crate::engine_dir::Sizes;
 use graphs::DType;
 use serde::{Deserialize, Serialize};
@@ -19,13 +21,24 @@ pub struct EngineSpec {
     /// The network as text.
     pub network: PathBuf,
     pub library: PathBuf,
-    /// Compute capabilities, 89 for sm89; empty for the GPU at hand.
+    /// Compute capabilities of TensorRT-RTX engines, 89 for sm89.
     pub gpus: Vec<u32>,
+    /// TensorRT 10 and later, which builds for the GPU at hand.
+    pub local: Option<LocalSpec>,
     pub sizes: Sizes,
     /// Where the bytes of each weight lie, by `Weight::key` (and `KEY.scale`).
     pub constants: BTreeMap<String, ConstantPlace>,
     /// The engine to write.
     pub engine: PathBuf,
+}
+
+/// What a build for the GPU at hand needs besides.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LocalSpec {
+    /// The compiler of the plugins' kernels.
+    pub nvrtc: PathBuf,
+    /// Where measurements of earlier builds are kept.
+    pub timings: Option<PathBuf>,
 }
 
 /// Bytes of one tensor in a file that the child maps.
@@ -56,6 +69,7 @@ pub enum ChildMessage {
         bytes: u64,
         sha256: String,
         library: String,
+        gpu: Option<Gpu>,
         seconds: f64,
     },
     Failed {
@@ -71,6 +85,8 @@ pub struct BuiltEngine {
     pub bytes: u64,
     pub sha256: String,
     pub library: String,
+    /// The GPU that it was built on and for; none for engines of TensorRT-RTX.
+    pub gpu: Option<Gpu>,
     pub seconds: f64,
     /// The most memory that the child had for itself, without the files that it maps; sampled five times a second.
     pub peak_own_bytes: u64,

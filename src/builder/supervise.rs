@@ -85,12 +85,15 @@ impl Supervisor<'_> {
     ) -> Result<BuiltEngine, BuildFailure> {
         let fail = |source| BuildFailure::Spec { path: work.into(), source };
         let inner = furnish(spec, work).map_err(fail)?;
-        let mut child = Command::new(self.program)
+        let mut command = Command::new(self.program);
+        if spec.local.is_none() {
+            // Per-thread lists of free blocks make addresses, and with them plans, depend on how threads take turns.
+            command.env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
+        }
+        let mut child = command
             .arg("build-engine")
             .arg(SPEC)
             .current_dir(work)
-            // Per-thread lists of free blocks make addresses, and with them plans, depend on how threads take turns.
-            .env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -104,9 +107,9 @@ impl Supervisor<'_> {
         let status = child.wait();
         let Ended { last, log, peak_own_bytes } = ended?;
         match (last, status) {
-            (Some(ChildMessage::Done { bytes, sha256, library, seconds }), Ok(status)) if status.success() => {
+            (Some(ChildMessage::Done { bytes, sha256, library, gpu, seconds }), Ok(status)) if status.success() => {
                 std::fs::rename(work.join(&inner.engine), &spec.engine).map_err(fail)?;
-                Ok(BuiltEngine { bytes, sha256, library, seconds, peak_own_bytes })
+                Ok(BuiltEngine { bytes, sha256, library, gpu, seconds, peak_own_bytes })
             }
             (Some(ChildMessage::Failed { message, causes, hint }), _) => {
                 Err(BuildFailure::Refused { name: spec.name.clone(), message, causes, hint })
@@ -252,6 +255,7 @@ mod tests {
             network: "n".into(),
             library: "l".into(),
             gpus: vec![89],
+            local: None,
             sizes: SizeRequest { max_batch_size: 1, ..SizeRequest::default() }.resolve(&facts).unwrap(),
             constants: Default::default(),
             engine: folder.path().join("model.engine"),
@@ -264,8 +268,7 @@ mod tests {
         Ok(built)
     }
 
-    const DONE: &str =
-        r#"printf plan > engine; echo '@trtvlm {"done":{"bytes":4,"sha256":"ab","library":"x","seconds":1.0}}'"#;
+    const DONE: &str = r#"printf plan > engine; echo '@trtvlm {"done":{"bytes":4,"sha256":"ab","library":"x","gpu":null,"seconds":1.0}}'"#;
 
     #[test]
     fn takes_the_result() {

@@ -1,7 +1,7 @@
 //! `build`: a checkpoint becomes a directory of engines.
-use crate::assemble::{Assembly, Event, RtxTarget, assemble};
+use crate::assemble::{Assembly, EngineTarget, Event, assemble};
 use crate::backend::{self, Kind};
-use crate::builder::{BuildEvent, Supervisor};
+use crate::builder::{BuildEvent, LocalSpec, Supervisor};
 use crate::checkpoint::{Download, HubSettings, Options};
 use crate::cli::{BuildArgs, ModelOptions, Target};
 use crate::compile::{Compiled, Request, compile};
@@ -30,7 +30,29 @@ pub(super) fn request(options: &ModelOptions) -> Request {
         },
         logits: Logits::Last,
         dump: None,
+        marks: Vec::new(),
     }
+}
+
+/// The kind of engines that is asked for, with the libraries that it takes.
+fn engine_target(options: &ModelOptions) -> Result<Option<EngineTarget>, Failure> {
+    let wants = |target| options.target.contains(&target);
+    Ok(match (wants(Target::Rtx), wants(Target::Tensorrt)) {
+        (true, true) => {
+            return Err(Failure::new(Exit::Refused, "a directory holds engines of one kind, rtx or tensorrt")
+                .hint(Some("build each into a folder of its own".into())));
+        }
+        (true, false) => {
+            let library = backend::find(Kind::Rtx)?;
+            Some(EngineTarget { name: Target::Rtx.name(), library, gpus: gpus(options), local: None })
+        }
+        (false, true) => {
+            let library = backend::find(Kind::Tensorrt)?;
+            let local = LocalSpec { nvrtc: backend::find(Kind::Nvrtc)?, timings: backend::timings_folder() };
+            Some(EngineTarget { name: Target::Tensorrt.name(), library, gpus: Vec::new(), local: Some(local) })
+        }
+        (false, false) => None,
+    })
 }
 
 pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
@@ -47,14 +69,10 @@ pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
 pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Vec<Value>), Failure> {
     let start = Instant::now();
     let options = &args.options;
-    if options.target.contains(&Target::Tensorrt) {
-        return Err(Failure::new(Exit::Refused, "target `tensorrt` is not built yet")
-            .hint(Some("use --target rtx, reference or both".into())));
-    }
-    let rtx = options.target.contains(&Target::Rtx);
-    let library = rtx.then(|| backend::find(Kind::Rtx)).transpose()?;
-    let compiled = compile_reported(&Request { dump: args.dump.clone(), ..request(options) }, printer)?;
-    if rtx {
+    let engines = engine_target(options)?;
+    let request = Request { dump: args.dump.clone(), marks: args.mark.clone(), ..request(options) };
+    let compiled = compile_reported(&request, printer)?;
+    if options.target.contains(&Target::Rtx) {
         check_gpus(&compiled, &gpus(options))?;
     }
     let interrupted = on_interrupt()?;
@@ -67,7 +85,8 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Ve
     let assembly = Assembly {
         output: &args.output,
         reference: options.target.contains(&Target::Reference),
-        rtx: library.map(|library| RtxTarget { library, gpus: gpus(options), supervisor }),
+        engines,
+        supervisor,
         model: name(&options.model),
         command: command(args),
     };
@@ -147,20 +166,17 @@ fn name(model: &str) -> String {
 /// The command that builds the same again, with every value that decides the result.
 fn command(args: &BuildArgs) -> String {
     let options = &args.options;
-    let targets: Vec<&str> = [(Target::Rtx, "rtx"), (Target::Reference, "reference")]
-        .into_iter()
-        .filter_map(|(target, name)| options.target.contains(&target).then_some(name))
-        .collect();
+    let targets = [Target::Rtx, Target::Tensorrt, Target::Reference].into_iter();
+    let targets: Vec<&str> = targets.filter(|target| options.target.contains(target)).map(Target::name).collect();
     let gpus: Vec<String> = gpus(options).iter().map(|gpu| format!("sm{gpu}")).collect();
     let dtype = options.dtype.0.map_or("auto", graphs::DType::name);
-    let mut text = format!(
-        "trtvlm build {} -o DIR --target {} --gpu {} --dtype {dtype} --quant {} --vision-quant {} --max-batch-size {}",
-        name(&options.model),
-        targets.join(","),
-        gpus.join(","),
-        options.quant,
-        options.vision_quant,
-        options.max_batch_size
+    let mut text = format!("trtvlm build {} -o DIR --target {}", name(&options.model), targets.join(","));
+    if options.target.contains(&Target::Rtx) || !options.target.contains(&Target::Tensorrt) {
+        text += &format!(" --gpu {}", gpus.join(","));
+    }
+    text += &format!(
+        " --dtype {dtype} --quant {} --vision-quant {} --max-batch-size {}",
+        options.quant, options.vision_quant, options.max_batch_size
     );
     let sizes = [
         ("--max-input-len", options.max_input_len),
@@ -171,6 +187,9 @@ fn command(args: &BuildArgs) -> String {
         if let Some(size) = size {
             text += &format!(" {flag} {size}");
         }
+    }
+    if !args.mark.is_empty() {
+        text += &format!(" --mark {}", args.mark.iter().map(|mark| format!("'{mark}'")).collect::<Vec<_>>().join(" "));
     }
     text
 }

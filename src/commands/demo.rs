@@ -67,7 +67,7 @@ fn demonstrate(
     for quant in ["none", "int4"] {
         let directory = output.join(quant);
         let (manifest, _) = build(&arguments(model, quant, &directory), printer)?;
-        let mut session = run_command::open(&EngineDirectory::open(&directory)?, Target::Reference)?;
+        let mut session = run_command::open(&EngineDirectory::open(&directory)?, Some(Target::Reference))?;
         let prompt = if question.is_empty() { "What is shown?" } else { question };
         let ask = Ask { prompt, pictures: std::slice::from_ref(picture) };
         let options = AnswerOptions { max_new_tokens: Some(24), chat: false };
@@ -103,6 +103,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
         output: output.to_path_buf(),
         timeout: None,
         dump: None,
+        mark: Vec::new(),
     }
 }
 

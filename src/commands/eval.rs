@@ -38,6 +38,7 @@ fn compiled(
         sizes: SizeRequest { max_batch_size: 1, ..SizeRequest::default() },
         logits,
         dump: None,
+        marks: Vec::new(),
     };
     compile_reported(&request, printer)
 }

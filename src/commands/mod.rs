@@ -1,8 +1,10 @@
 //! The commands, one file each: arguments in, the library's work, a report out.
 pub mod backend;
+pub mod bench;
 pub mod build;
 pub mod demo;
 pub mod eval;
 pub mod inspect;
 pub mod plan;
 pub mod run;
+pub mod verify;

@@ -4,7 +4,7 @@ use crate::engine_dir::EngineDirectory;
 use crate::failure::{Exit, Failure};
 use crate::processor::{Picture, Processor};
 use crate::report::Printer;
-use crate::runtime::{AnswerOptions, Ask, Reference, Session};
+use crate::runtime::{AnswerOptions, Ask, Executor, Reference, Session, Tensorrt};
 use serde_json::json;
 use std::time::Instant;
 
@@ -55,27 +55,35 @@ pub fn run(args: &RunArgs, printer: &Printer) -> Result<(), Failure> {
 }
 
 /// Loads a directory for one of its targets.
-pub(super) fn open(directory: &EngineDirectory, target: Target) -> Result<Session, Failure> {
-    let (name, hint) = match target {
-        Target::Reference => ("reference", "build with --target rtx,reference"),
-        Target::Rtx => ("rtx", "use --target reference: running TensorRT-RTX engines is not built yet"),
-        Target::Tensorrt => ("tensorrt", "use --target reference: running TensorRT engines is not built yet"),
-    };
-    if target != Target::Reference {
-        return Err(Failure::new(Exit::Refused, format!("target `{name}` cannot be run yet")).hint(Some(hint.into())));
-    }
-    if !directory.manifest.targets.contains_key(name) {
-        let found: Vec<&str> = directory.manifest.targets.keys().map(String::as_str).collect();
-        let message =
-            format!("`{}` was not built for target `{name}`, only for {}", directory.path.display(), found.join(", "));
-        return Err(Failure::new(Exit::Refused, message).hint(Some(hint.into())));
-    }
+pub(super) fn open(directory: &EngineDirectory, target: Option<Target>) -> Result<Session, Failure> {
     for name in directory.manifest.files.keys().filter(|name| name.starts_with(crate::engine_dir::PROCESSOR)) {
         directory.file(name)?;
     }
     let processor = Processor::open(&directory.processor())?;
-    let reference = Reference::open(directory)?;
-    Ok(Session::new(Box::new(reference), processor, directory.config("language")?))
+    Ok(Session::new(executor(directory, target)?, processor, directory.config("language")?))
+}
+
+/// The networks of a directory, ready to run: those asked for, or the fastest that it has.
+pub(super) fn executor(directory: &EngineDirectory, target: Option<Target>) -> Result<Box<dyn Executor>, Failure> {
+    let targets = &directory.manifest.targets;
+    let has = |target: Target| targets.contains_key(target.name());
+    let default = if has(Target::Tensorrt) { Target::Tensorrt } else { Target::Reference };
+    let target = target.unwrap_or(default);
+    if target == Target::Rtx {
+        let message = "engines of TensorRT-RTX cannot be run yet";
+        return Err(Failure::new(Exit::Refused, message).hint(Some("use --target reference".into())));
+    }
+    if !has(target) {
+        let found: Vec<&str> = targets.keys().map(String::as_str).collect();
+        let (path, wanted) = (directory.path.display(), target.name());
+        let message = format!("`{path}` was not built for target `{wanted}`, only for {}", found.join(", "));
+        let hint = format!("build with --target {wanted}");
+        return Err(Failure::new(Exit::Refused, message).hint(Some(hint)));
+    }
+    Ok(match target {
+        Target::Tensorrt => Box::new(Tensorrt::open(directory)?),
+        _ => Box::new(Reference::open(directory)?),
+    })
 }
 
 /// Which pictures belong to which prompt: by the placeholders that the prompts hold, else all to a single prompt, one to

@@ -36,6 +36,9 @@ pub struct TargetEntry {
     /// GPUs that the engines run on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<String>,
+    /// Name of the GPU that TensorRT tuned the engines on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub built_on: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,7 +1,6 @@
 //! The bytes of weights and of constants made up by the lowering, all alive until the engine is built.
 use crate::builder::ConstantPlace;
 use graphs::DType;
-use half::{bf16, f16};
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -86,12 +85,7 @@ impl Constants {
 
     /// Numbers in the network's type.
     pub(super) fn floats(&self, dtype: DType, values: &[f32]) -> &[u8] {
-        let bytes = match dtype {
-            DType::Float16 => values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect(),
-            DType::Bfloat16 => values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect(),
-            _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
-        };
-        self.computed.intern(bytes)
+        self.computed.intern(quant::from_f32(dtype, values))
     }
 
     pub(super) fn ints(&self, values: &[i32]) -> &[u8] {

@@ -26,17 +26,24 @@ impl<'n> Lowering<'_, 'n, '_> {
         format: Format,
         rank: usize,
     ) -> Result<trt::Tensor<'n>, LowerError> {
-        let values = self.weight(weight, rank)?;
+        // TensorRT 10 dequantizes blocks of a matrix only: it gets one, and the rest of its rank afterwards.
+        let inner = if self.capabilities.blocks_of_any_rank { rank } else { 2 };
+        let values = self.weight(weight, inner)?;
         let key = format!("{}.scale", weight.key());
         let scale = self.constants.get(&key)?;
         let (sizes, axis) = match format {
             // One scale per output, the last axis.
-            Format::Int8 => (padded(scale.shape, 1), Some(rank - 1)),
+            Format::Int8 => (padded(scale.shape, 1), Some(inner - 1)),
             // Blocks along the inputs, told by the scales' shape.
-            Format::Int4 { .. } => (padded(scale.shape, rank), None),
+            Format::Int4 { .. } => (padded(scale.shape, inner), None),
         };
         let scales = self.target.constant(&key, data_type(scale.dtype), &sizes, scale.bytes)?;
-        let name = format!("{}/dequantize", node.path);
-        self.target.dequantize(&name, values, scales, axis, data_type(self.network.dtype)).map_err(Self::refused(node))
+        let (name, dtype) = (format!("{}/dequantize", node.path), data_type(self.network.dtype));
+        let matrix = self.target.dequantize(&name, values, scales, axis, dtype).map_err(Self::refused(node))?;
+        if inner == rank {
+            return Ok(matrix);
+        }
+        let sizes = padded(&weight.shape().into_iter().rev().collect::<Vec<_>>(), rank);
+        self.target.reshape(&format!("{}/ranked", node.path), matrix, &sizes).map_err(Self::refused(node))
     }
 }

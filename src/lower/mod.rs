@@ -1,15 +1,18 @@
 //! From a network to TensorRT's: one function per op group, named after the node it comes from.
 mod attention;
+mod capabilities;
 mod constants;
 mod layers;
 mod linear;
 mod profiles;
 
+use capabilities::Capabilities;
 pub use constants::{ConstantError, Constants};
 pub use profiles::profiles;
 
 use crate::engine_dir::Sizes;
-use graphs::{DType, Dim, Network, Node, NodeId, Op, Type};
+use crate::plugins::{CompileError, Compiler, GreedyPlugin};
+use graphs::{DType, Dim, Network, Node, NodeId, Op, Rope, Type};
 use tensorrt_sys as trt;
 use thiserror::Error;
 
@@ -21,6 +24,10 @@ pub enum LowerError {
     Unsupported { path: String, reason: String },
     #[error(transparent)]
     Constant(#[from] ConstantError),
+    #[error("layer `{path}` is a plugin, which needs a compiler")]
+    NoCompiler { path: String },
+    #[error(transparent)]
+    Compile(#[from] CompileError),
     #[error(transparent)]
     TensorRt(#[from] trt::Error),
 }
@@ -31,12 +38,16 @@ struct Lowering<'l, 'n, 'w> {
     target: &'n trt::Network<'w>,
     constants: &'w Constants,
     sizes: Sizes,
+    capabilities: Capabilities,
+    compiler: Option<&'l Compiler>,
     values: Vec<trt::Tensor<'n>>,
     /// Additive mask `[batch, 1, tokens, rows]` of cached attention, the same in every layer.
     mask: Option<trt::Tensor<'n>>,
+    /// Cosines and sines, the same in every layer.
+    rotary: Option<(Rope, trt::Tensor<'n>)>,
 }
 
-/// Writes all nodes and marks the outputs.
+/// Writes all nodes and marks the outputs. `compiler` is for targets that need plugins.
 ///
 /// # Errors
 /// The first layer that TensorRT refuses, by its path.
@@ -45,9 +56,12 @@ pub fn lower<'w>(
     target: &trt::Network<'w>,
     constants: &'w Constants,
     sizes: Sizes,
+    compiler: Option<&Compiler>,
 ) -> Result<(), LowerError> {
     let values = Vec::with_capacity(network.nodes.len());
-    let mut lowering = Lowering { network, target, constants, sizes, values, mask: None };
+    let capabilities = Capabilities::of(target.family());
+    let mut lowering =
+        Lowering { network, target, constants, sizes, capabilities, compiler, values, mask: None, rotary: None };
     for node in &network.nodes {
         let value = lowering.node(node)?;
         lowering.values.push(value);
@@ -55,9 +69,17 @@ pub fn lower<'w>(
     for (name, id) in &network.outputs {
         let value = target.identity(name, lowering.value(*id))?;
         target.mark_output(name, value)?;
+        if name == LOGITS && !capabilities.native_attention {
+            lowering.choose(value)?;
+        }
     }
     Ok(())
 }
+
+/// Outputs of a language network's engine.
+pub(crate) const LOGITS: &str = "logits";
+pub(crate) const NEXT_TOKENS: &str = "next_tokens";
+pub(crate) const NEXT_LENGTHS: &str = "next_lengths";
 
 /// TensorRT's name of an element type.
 pub(crate) fn data_type(dtype: DType) -> trt::DataType {
@@ -80,6 +102,23 @@ fn dims(ty: &Type) -> Vec<i64> {
 }
 
 impl<'n> Lowering<'_, 'n, '_> {
+    fn compiler(&self, node: &Node) -> Result<&Compiler, LowerError> {
+        self.compiler.ok_or_else(|| LowerError::NoCompiler { path: node.path.clone() })
+    }
+
+    /// Adds the greedy choice to a network with caches, so that a decode step can follow the other without the host.
+    fn choose(&self, logits: trt::Tensor<'n>) -> Result<(), LowerError> {
+        let last = Some(2) == self.target.shape(logits).ok().map(|shape| shape.len());
+        let lengths = self.network.nodes.iter().position(|node| node.path == "sequence_lengths");
+        let (Some(lengths), true, Some(compiler)) = (lengths, last, self.compiler) else { return Ok(()) };
+        let inputs = [logits, self.value(NodeId(lengths))];
+        let outputs = self.target.plugin("greedy", &inputs, Box::new(GreedyPlugin::new(compiler)?))?;
+        for (name, output) in std::iter::zip([NEXT_TOKENS, NEXT_LENGTHS], outputs) {
+            self.target.mark_output(name, output)?;
+        }
+        Ok(())
+    }
+
     fn value(&self, id: NodeId) -> trt::Tensor<'n> {
         self.values[id.0]
     }

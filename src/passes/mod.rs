@@ -1,5 +1,8 @@
 //! Passes: named functions from a network to a network, in one list, each followed by the verifier.
+mod mark;
 mod quantize;
+
+pub use mark::MARK;
 
 use graphs::{GraphError, Network};
 use quant::{Assignment, QuantError, Recipe};
@@ -12,6 +15,8 @@ pub enum PassError {
     Quantize { network: String, source: QuantError },
     #[error("pass `{pass}` broke the network")]
     Broken { pass: &'static str, source: GraphError },
+    #[error("--mark `{pattern}`: {reason}")]
+    Mark { pattern: String, reason: String },
     #[error("cannot write `{path}`")]
     Dump { path: PathBuf, source: std::io::Error },
 }
@@ -20,6 +25,7 @@ impl PassError {
     pub fn hint(&self) -> Option<String> {
         match self {
             PassError::Quantize { source, .. } => source.hint(),
+            PassError::Mark { .. } => Some("`trtvlm plan MODEL -v` lists the paths of the layers with weights".into()),
             PassError::Broken { .. } | PassError::Dump { .. } => None,
         }
     }
@@ -30,6 +36,8 @@ pub struct Plan<'p> {
     pub recipe: &'p Recipe,
     /// Where the text after each pass is written.
     pub dump: Option<PathBuf>,
+    /// Patterns of paths whose results become outputs too.
+    pub marks: &'p [String],
 }
 
 /// A network after all passes, with what was decided for each of its layers.
@@ -37,19 +45,21 @@ pub struct Plan<'p> {
 pub struct Passed {
     pub network: Network,
     pub assignments: Vec<Assignment>,
+    /// For each result marked, the pattern that named it.
+    pub marked: Vec<String>,
 }
 
 type Pass = fn(Passed, &Plan<'_>) -> Result<Passed, PassError>;
 
 /// THE list of passes, in order.
-const PASSES: &[(&str, Pass)] = &[("quantize", quantize::quantize)];
+const PASSES: &[(&str, Pass)] = &[("quantize", quantize::quantize), ("mark", mark::mark)];
 
 /// Runs every pass in order.
 ///
 /// # Errors
 /// The first pass that fails, or whose result the verifier refuses.
 pub fn run(network: Network, plan: &Plan<'_>) -> Result<Passed, PassError> {
-    let mut passed = Passed { network, assignments: Vec::new() };
+    let mut passed = Passed { network, assignments: Vec::new(), marked: Vec::new() };
     for (number, (name, pass)) in PASSES.iter().enumerate() {
         passed = pass(passed, plan)?;
         graphs::verify(&passed.network).map_err(|source| PassError::Broken { pass: name, source })?;

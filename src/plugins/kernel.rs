@@ -12,8 +12,11 @@ use std::sync::{Arc, Mutex, OnceLock};
 pub struct Compiler {
     nvrtc: Nvrtc,
     gpu: u32,
-    done: Mutex<BTreeMap<(&'static str, Vec<String>), Arc<[u8]>>>,
+    done: Mutex<BTreeMap<Recipe, Arc<[u8]>>>,
 }
+
+/// A source's name and its options.
+type Recipe = (&'static str, Vec<String>);
 
 impl Compiler {
     /// `gpu` is a compute capability, 90 for sm90.

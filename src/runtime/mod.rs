@@ -1,11 +1,15 @@
 //! Running engines: prefill, decode, stop. It knows no family, only what `config.json` says.
 mod reference;
 mod session;
+mod tensorrt;
 
 pub use reference::{NETWORK, Reference, WEIGHTS};
 pub use session::{Answer, AnswerOptions, Ask, Session, Timings};
+pub use tensorrt::{Tensorrt, Work};
 
+use crate::engine_dir::{EngineConfig, Sizes};
 use crate::processor::ProcessorError;
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use thiserror::Error;
 
@@ -39,6 +43,16 @@ pub enum RuntimeError {
     Directory(#[from] crate::engine_dir::DirectoryError),
     #[error(transparent)]
     Weights(#[from] quant::QuantError),
+    #[error(transparent)]
+    Device(#[from] crate::device::DeviceError),
+    #[error(transparent)]
+    Backend(#[from] crate::backend::BackendError),
+    #[error("TensorRT failed")]
+    TensorRt(#[from] tensorrt_sys::Error),
+    #[error("the engines were built by {built}; the library here is {here}")]
+    OtherVersion { built: String, here: String, command: String },
+    #[error("the engines were built for {built}; the GPU here is {here}")]
+    OtherGpu { built: String, here: String, command: String },
 }
 
 impl RuntimeError {
@@ -57,9 +71,22 @@ impl RuntimeError {
             RuntimeError::Processor(error) => error.hint(),
             RuntimeError::Directory(error) => error.hint(),
             RuntimeError::Graph(error) => error.hint(),
+            RuntimeError::Device(error) => error.hint(),
+            RuntimeError::Backend(error) => error.hint(),
+            RuntimeError::TensorRt(error) => error.hint(),
+            RuntimeError::OtherVersion { command, .. } | RuntimeError::OtherGpu { command, .. } => {
+                Some(format!("build them again here: `{command}`"))
+            }
             _ => None,
         }
     }
+}
+
+/// A result of a network, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
 }
 
 /// What runs a model's networks, on any target. Token ids are picked greedily where the logits are.
@@ -68,7 +95,7 @@ pub trait Executor {
     ///
     /// # Errors
     /// More pictures than the engine takes, or a failure of the engine.
-    fn see(&mut self, pixels: Vec<f32>, count: usize) -> Result<(), RuntimeError>;
+    fn see(&mut self, pixels: &[f32], count: usize) -> Result<(), RuntimeError>;
 
     /// Starts a batch and gives the first new token of each prompt.
     ///
@@ -76,11 +103,57 @@ pub trait Executor {
     /// Prompts that the engine does not take, or a failure of the engine.
     fn prefill(&mut self, prompts: &[Vec<i32>]) -> Result<Vec<u32>, RuntimeError>;
 
-    /// Feeds one token to each request and gives the next one of each.
+    /// Feeds each request the token that it was given last, for at least one step and at most `limit`, as many as cost
+    /// least on the target; gives the next tokens of each step.
+    ///
+    /// # Errors
+    /// A cache that is full, or a failure of the engine.
+    fn decode(&mut self, limit: usize) -> Result<Vec<Vec<u32>>, RuntimeError>;
+
+    /// Lets the next step feed these tokens instead.
     ///
     /// # Errors
     /// A failure of the engine.
-    fn decode(&mut self, tokens: &[u32]) -> Result<Vec<u32>, RuntimeError>;
+    fn force(&mut self, tokens: &[u32]) -> Result<(), RuntimeError>;
+
+    /// What the networks gave in the last call: `output` or `logits`, and results that were marked.
+    ///
+    /// # Errors
+    /// A failure of the engine.
+    fn outputs(&mut self) -> Result<BTreeMap<String, Output>, RuntimeError>;
+}
+
+/// Refuses prompts that an engine was not built for.
+fn check_prompts(sizes: &Sizes, prompts: &[Vec<i32>]) -> Result<(), RuntimeError> {
+    if prompts.len() > sizes.max_batch_size {
+        return Err(RuntimeError::TooManyRequests { found: prompts.len(), limit: sizes.max_batch_size });
+    }
+    for (request, prompt) in prompts.iter().enumerate() {
+        if prompt.is_empty() {
+            return Err(RuntimeError::EmptyPrompt { request });
+        }
+        if prompt.len() > sizes.max_input_len {
+            let (found, limit) = (prompt.len(), sizes.max_input_len);
+            return Err(RuntimeError::PromptTooLong { request, found, limit });
+        }
+    }
+    Ok(())
+}
+
+impl EngineConfig {
+    /// Prompt table rows of one picture, where the table has room for so many.
+    fn check_pictures(&self, count: usize) -> Result<usize, RuntimeError> {
+        let features = self.pretrained_config.multimodal.ok_or(RuntimeError::NoVision)?.num_visual_features;
+        let (found, limit) = (count * features, self.build_config.max_prompt_embedding_table_size);
+        if found > limit { Err(RuntimeError::TooManyPictures { found, limit }) } else { Ok(features) }
+    }
+
+    /// Steps until the cache of one of the requests is full, at least one.
+    fn room(&self, lengths: impl Iterator<Item = usize>) -> Result<usize, RuntimeError> {
+        let limit = self.build_config.max_output_len;
+        let room = self.build_config.max_seq_len.saturating_sub(lengths.max().unwrap_or(0));
+        if room == 0 { Err(RuntimeError::TooManyTokens { found: limit + 1, limit }) } else { Ok(room) }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,24 +197,28 @@ pub fn generate(
     if max_new_tokens == 0 || prompts.is_empty() {
         return Ok(outputs);
     }
-    let mut tokens = executor.prefill(prompts)?;
-    for made in 1..=max_new_tokens {
-        for (request, (output, &token)) in std::iter::zip(&mut outputs, &tokens).enumerate() {
-            if output.finish_reason == FinishReason::Stop {
-                continue;
-            }
-            output.token_ids.push(token);
-            if end_ids.contains(&token) {
-                output.finish_reason = FinishReason::Stop;
-            }
-            if on_token(request, token).is_break() {
-                return Ok(outputs);
+    let mut steps = vec![executor.prefill(prompts)?];
+    let mut made = 0;
+    loop {
+        for tokens in &steps {
+            made += 1;
+            for (request, (output, &token)) in std::iter::zip(&mut outputs, tokens).enumerate() {
+                if output.finish_reason == FinishReason::Stop {
+                    continue;
+                }
+                output.token_ids.push(token);
+                if end_ids.contains(&token) {
+                    output.finish_reason = FinishReason::Stop;
+                }
+                if on_token(request, token).is_break() {
+                    return Ok(outputs);
+                }
             }
         }
-        if made == max_new_tokens || outputs.iter().all(|output| output.finish_reason == FinishReason::Stop) {
+        if made >= max_new_tokens || outputs.iter().all(|output| output.finish_reason == FinishReason::Stop) {
             break;
         }
-        tokens = executor.decode(&tokens)?;
+        steps = executor.decode(max_new_tokens - made)?;
     }
     Ok(outputs)
 }
@@ -150,21 +227,34 @@ pub fn generate(
 mod tests {
     use super::*;
 
-    /// Counts up from each prompt's first id.
+    /// Counts up from each prompt's first id, two steps at a time.
     struct Counter(Vec<u32>);
 
     impl Executor for Counter {
-        fn see(&mut self, _: Vec<f32>, _: usize) -> Result<(), RuntimeError> {
+        fn see(&mut self, _: &[f32], _: usize) -> Result<(), RuntimeError> {
             Err(RuntimeError::NoVision)
         }
 
         fn prefill(&mut self, prompts: &[Vec<i32>]) -> Result<Vec<u32>, RuntimeError> {
-            Ok(prompts.iter().map(|prompt| prompt[0] as u32 + 1).collect())
+            self.0 = prompts.iter().map(|prompt| prompt[0] as u32 + 1).collect();
+            Ok(self.0.clone())
         }
 
-        fn decode(&mut self, tokens: &[u32]) -> Result<Vec<u32>, RuntimeError> {
+        fn decode(&mut self, limit: usize) -> Result<Vec<Vec<u32>>, RuntimeError> {
+            let mut step = || {
+                self.0.iter_mut().for_each(|token| *token += 1);
+                self.0.clone()
+            };
+            Ok((0..limit.min(2)).map(|_| step()).collect())
+        }
+
+        fn force(&mut self, tokens: &[u32]) -> Result<(), RuntimeError> {
             self.0 = tokens.to_vec();
-            Ok(tokens.iter().map(|token| token + 1).collect())
+            Ok(())
+        }
+
+        fn outputs(&mut self) -> Result<BTreeMap<String, Output>, RuntimeError> {
+            Ok(BTreeMap::new())
         }
     }
 

@@ -1,6 +1,7 @@
 //! The reference target: the network text and the stored weights of an engine directory, interpreted on the CPU.
-use super::{Executor, RuntimeError};
+use super::{Executor, Output, RuntimeError, check_prompts};
 use crate::engine_dir::{EngineConfig, EngineDirectory};
+use crate::lower::LOGITS;
 use graphs::Network;
 use graphs::interpret::{Array, Caches, Interpreter, Values};
 use std::collections::BTreeMap;
@@ -18,6 +19,10 @@ pub struct Reference {
     caches: Caches,
     /// Tokens of each request that lie in the caches.
     lengths: Vec<i32>,
+    /// What each request is fed next.
+    tokens: Vec<u32>,
+    /// What the last call gave.
+    outputs: BTreeMap<String, Array>,
 }
 
 impl Reference {
@@ -65,12 +70,13 @@ impl Reference {
         let hidden = config.pretrained_config.hidden_size;
         let caches = Caches::new(language.network(), 0, 0);
         let table = Array::float([1, hidden], vec![0.0; hidden]);
-        Ok(Reference { vision, language, config, table, caches, lengths: Vec::new() })
+        let (lengths, tokens, outputs) = (Vec::new(), Vec::new(), BTreeMap::new());
+        Ok(Reference { vision, language, config, table, caches, lengths, tokens, outputs })
     }
 
-    /// Logits `[requests, vocab]` after feeding each request `tokens` ids (all alike in number, padded on the right);
+    /// The likeliest next tokens after feeding each request `tokens` ids (all alike in number, padded on the right);
     /// `used` of them count. `table` holds the pictures that the ids name.
-    fn step(&mut self, ids: Vec<i32>, tokens: usize, used: &[i32], table: Array) -> Result<Array, RuntimeError> {
+    fn step(&mut self, ids: Vec<i32>, tokens: usize, used: &[i32], table: Array) -> Result<Vec<u32>, RuntimeError> {
         let batch = self.lengths.len();
         let positions = self.lengths.iter().flat_map(|&past| (0..tokens as i32).map(move |token| past + token));
         let sequence: Vec<i32> = std::iter::zip(&self.lengths, used).map(|(past, used)| past + used).collect();
@@ -82,47 +88,33 @@ impl Reference {
             ("last_token_ids", Array::int([batch], used.iter().map(|used| used - 1).collect())),
             ("prompt_embedding_table", table),
         ]);
-        let mut outputs = self.language.run(&inputs, &mut self.caches, None)?;
+        self.outputs = self.language.run(&inputs, &mut self.caches, None)?;
         self.lengths = sequence;
-        outputs.remove("logits").ok_or_else(|| RuntimeError::Inconsistent { what: "language network".into() })
+        let logits = self.outputs.get(LOGITS);
+        self.tokens = best(logits.ok_or_else(|| RuntimeError::Inconsistent { what: "language network".into() })?)?;
+        Ok(self.tokens.clone())
     }
 }
 
 impl Executor for Reference {
-    fn see(&mut self, pixels: Vec<f32>, count: usize) -> Result<(), RuntimeError> {
+    fn see(&mut self, pixels: &[f32], count: usize) -> Result<(), RuntimeError> {
         let vision = self.vision.as_ref().ok_or(RuntimeError::NoVision)?;
+        let features = self.config.check_pictures(count)?;
         let config = &self.config.pretrained_config;
-        let multimodal = config.multimodal.ok_or(RuntimeError::NoVision)?;
-        let (found, limit) =
-            (count * multimodal.num_visual_features, self.config.build_config.max_prompt_embedding_table_size);
-        if found > limit {
-            return Err(RuntimeError::TooManyPictures { found, limit });
-        }
-        let [height, width] = multimodal.image_size;
+        let [height, width] = config.multimodal.ok_or(RuntimeError::NoVision)?.image_size;
         let channels = pixels.len() / (count * height * width).max(1);
-        let pixels = Array::float([count, channels, height, width], pixels);
+        let pixels = Array::float([count, channels, height, width], pixels.to_vec());
         let mut caches = Caches::new(vision.network(), count, 0);
-        let mut outputs = vision.run(&BTreeMap::from([("input", pixels)]), &mut caches, None)?;
-        let output = outputs.remove("output");
+        self.outputs = vision.run(&BTreeMap::from([("input", pixels)]), &mut caches, None)?;
+        let output = self.outputs.get("output");
         let output = output.ok_or_else(|| RuntimeError::Inconsistent { what: "vision network".into() })?;
-        self.table = Array { shape: vec![found, config.hidden_size], data: output.data };
+        self.table = Array { shape: vec![count * features, config.hidden_size], data: output.data.clone() };
         Ok(())
     }
 
     fn prefill(&mut self, prompts: &[Vec<i32>]) -> Result<Vec<u32>, RuntimeError> {
         let sizes = self.config.build_config;
-        if prompts.len() > sizes.max_batch_size {
-            return Err(RuntimeError::TooManyRequests { found: prompts.len(), limit: sizes.max_batch_size });
-        }
-        for (request, prompt) in prompts.iter().enumerate() {
-            if prompt.is_empty() {
-                return Err(RuntimeError::EmptyPrompt { request });
-            }
-            if prompt.len() > sizes.max_input_len {
-                let (found, limit) = (prompt.len(), sizes.max_input_len);
-                return Err(RuntimeError::PromptTooLong { request, found, limit });
-            }
-        }
+        check_prompts(&sizes, prompts)?;
         self.caches = Caches::new(self.language.network(), prompts.len(), sizes.max_seq_len);
         self.lengths = vec![0; prompts.len()];
         let tokens = prompts.iter().map(Vec::len).max().unwrap_or(0);
@@ -132,21 +124,30 @@ impl Executor for Reference {
         };
         let ids = prompts.iter().flat_map(padded).collect();
         let used: Vec<i32> = prompts.iter().map(|prompt| prompt.len() as i32).collect();
-        let logits = self.step(ids, tokens, &used, self.table.clone())?;
-        best(&logits)
+        self.step(ids, tokens, &used, self.table.clone())
     }
 
-    fn decode(&mut self, tokens: &[u32]) -> Result<Vec<u32>, RuntimeError> {
-        let limit = self.config.build_config.max_output_len;
-        if self.lengths.iter().any(|&length| length as usize >= self.config.build_config.max_seq_len) {
-            return Err(RuntimeError::TooManyTokens { found: limit + 1, limit });
-        }
-        let ids = tokens.iter().map(|&token| token as i32).collect();
-        let used = vec![1; tokens.len()];
+    /// One step at a time: none is made in vain.
+    fn decode(&mut self, _limit: usize) -> Result<Vec<Vec<u32>>, RuntimeError> {
+        self.config.room(self.lengths.iter().map(|&length| length as usize))?;
+        let ids = self.tokens.iter().map(|&token| token as i32).collect();
+        let used = vec![1; self.tokens.len()];
         // New tokens are words: no row of the table is asked for any more.
         let hidden = self.config.pretrained_config.hidden_size;
-        let logits = self.step(ids, 1, &used, Array::float([1, hidden], vec![0.0; hidden]))?;
-        best(&logits)
+        Ok(vec![self.step(ids, 1, &used, Array::float([1, hidden], vec![0.0; hidden]))?])
+    }
+
+    fn force(&mut self, tokens: &[u32]) -> Result<(), RuntimeError> {
+        self.tokens = tokens.to_vec();
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<BTreeMap<String, Output>, RuntimeError> {
+        let output = |(name, array): (&String, &Array)| {
+            let values = array.floats().map_err(|what| RuntimeError::Inconsistent { what })?.to_vec();
+            Ok((name.clone(), Output { shape: array.shape.clone(), values }))
+        };
+        self.outputs.iter().map(output).collect()
     }
 }
 

@@ -112,7 +112,7 @@ impl Session {
         timings.preprocess_seconds += start.elapsed().as_secs_f64();
         if pictures > 0 {
             let start = Instant::now();
-            self.executor.see(pixels, pictures)?;
+            self.executor.see(&pixels, pictures)?;
             timings.vision_seconds += start.elapsed().as_secs_f64();
         }
         let text = &self.processor.text;

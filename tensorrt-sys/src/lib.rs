@@ -59,7 +59,7 @@ pub use log::Severity;
 pub use mapped::MappedFile;
 pub use network::{Network, Tensor};
 pub use plugin::{Create, Plugin, PluginCall, PluginOutput, PluginTensor, Signature};
-pub use process::steady;
+pub use process::{die_with_parent, steady};
 pub use progress::Progress;
 pub use runtime::{Context, Engine, EngineTensor};
 pub use stream::BuildSummary;

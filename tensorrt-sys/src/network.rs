@@ -4,10 +4,11 @@ use crate::abi::{Dims, Object, Weights, call, delete, word};
 use crate::builder::BuilderObject;
 use crate::plugin::{Plugin, PluginObject};
 use crate::slots::{layer, network_definition, tensor};
-use crate::{DataType, Error, Library, Result};
+use crate::{DataType, Error, Family, Library, Result};
 use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_char};
 use std::marker::PhantomData;
+use std::pin::Pin;
 use std::rc::Rc;
 
 /// A strongly typed network. Constants are not copied: they live for `'w`, which outlives the network and its builds.
@@ -17,7 +18,7 @@ pub struct Network<'w> {
     /// Invariant, so that `'w` cannot be shortened to let in a constant that dies earlier.
     constants: PhantomData<Cell<&'w [u8]>>,
     /// TensorRT works on copies of them, but may look at the originals until the network is gone.
-    plugins: RefCell<Vec<Box<PluginObject>>>,
+    plugins: RefCell<Vec<Pin<Box<PluginObject>>>>,
 }
 
 /// A tensor of a network.
@@ -44,6 +45,10 @@ impl<'w> Network<'w> {
 
     pub(crate) fn library(&self) -> &'static Library {
         self.builder.library
+    }
+
+    pub fn family(&self) -> Family {
+        self.library().family()
     }
 
     /// The object whose table holds the network's methods.
@@ -112,7 +117,7 @@ impl<'w> Network<'w> {
         let object = call!(family, self.this(), network_definition::ADD_PLUGIN_V3, (objects.as_ptr() => *const Object,
             count => i32, none => *const Object, 0 => i32, plugin.object() => Object) -> Object)?;
         let outputs = plugin.outputs();
-        self.plugins.borrow_mut().push(plugin);
+        self.plugins.borrow_mut().push(Box::into_pin(plugin));
         if object.is_null() {
             return Err(self.library().refused());
         }

@@ -3,7 +3,13 @@ use std::io::Error;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// Makes this process die with its parent, and gives it the same addresses every time.
+/// Makes this process die with its parent.
+pub fn die_with_parent() {
+    // SAFETY: it only sets a flag of this process; where it fails, the process merely outlives a killed parent.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}
+
+/// Gives this process the same addresses every time.
 ///
 /// TensorRT-RTX orders constants by their address in places, so that with randomized addresses two builds of one
 /// network give plans that differ in a few bytes. Randomization is switched off for this process and what it becomes by
@@ -12,13 +18,10 @@ use std::process::Command;
 /// # Errors
 /// Where this program cannot be started again.
 pub fn steady() -> Result<(), Error> {
-    // SAFETY: both calls only change flags of this process.
-    let (died, before) = unsafe {
-        let died = libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        (died, libc::personality(0xffff_ffff))
-    };
+    // SAFETY: the call only reads flags of this process.
+    let before = unsafe { libc::personality(0xffff_ffff) };
     let fixed = libc::ADDR_NO_RANDOMIZE;
-    if died != 0 || before < 0 || before & fixed != 0 {
+    if before < 0 || before & fixed != 0 {
         return Ok(());
     }
     // SAFETY: as above; the argument is the personality in force plus one flag.

@@ -2,7 +2,8 @@
 use crate::abi::{Dims, Object, call, delete, word};
 use crate::slots::{cuda_engine, engine_inspector, execution_context, runtime};
 use crate::{
-    DataType, Error, ExecutionContextAllocationStrategy, LayerInformationFormat, Library, Result, TensorIOMode,
+    DataType, Error, ExecutionContextAllocationStrategy, LayerInformationFormat, Library, OptProfileSelector, Result,
+    TensorIOMode,
 };
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::rc::Rc;
@@ -92,6 +93,18 @@ impl Engine {
     pub fn profiles(&self) -> Result<usize> {
         let count = call!(self.library().family(), self.this(), cuda_engine::GET_NB_OPTIMIZATION_PROFILES, () -> i32)?;
         Ok(usize::try_from(count).unwrap_or(0))
+    }
+
+    /// The largest shape of an input in an optimization profile.
+    ///
+    /// # Errors
+    /// A tensor that is no input, or a profile that the engine does not have.
+    pub fn largest_shape(&self, input: &str, profile: usize) -> Result<Vec<i64>> {
+        let (family, name) = (self.library().family(), name(input)?);
+        let largest = OptProfileSelector::Max.value(family).unwrap_or(2);
+        let dims = call!(family, self.this(), cuda_engine::GET_PROFILE_SHAPE,
+            (name.as_ptr() => *const c_char, profile as i32 => i32, largest => i32) -> Dims)?;
+        dims.to_vec().ok_or_else(|| self.library().refused())
     }
 
     /// TensorRT's own description of the layers, JSON; with names only, unless the engine was built to describe itself.

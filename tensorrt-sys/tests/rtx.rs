@@ -85,7 +85,7 @@ fn options() -> BuildOptions {
         ]
     };
     let profiles = vec![profile(16), profile(1)];
-    BuildOptions { profiles, compute_capabilities: vec![89, 120], describe: false }
+    BuildOptions { profiles, compute_capabilities: vec![89, 120], ..BuildOptions::default() }
 }
 
 fn build(

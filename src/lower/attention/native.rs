@@ -1,29 +1,18 @@
 //! Attention by TensorRT-RTX's native layers: rotary embedding, cache update in place, fused attention.
-use super::{LowerError, Lowering, data_type};
+use super::{Value, cache_names};
+use crate::lower::{Lowering, data_type};
 use graphs::{Attention, DType, Mask, Node, Rope};
 use tensorrt_sys as trt;
 use trt::{AttentionOptions, CausalMaskKind, ElementWiseOperation};
 
-type Value<'n> = Result<trt::Tensor<'n>, LowerError>;
-
-/// Names of a cache's tensors: the input, and the output that is bound to the same memory.
-pub(crate) fn cache_names(kind: &str, slot: usize) -> [String; 2] {
-    [format!("past_{kind}_{slot}"), format!("present_{kind}_{slot}")]
-}
-
 impl<'n> Lowering<'_, 'n, '_> {
-    pub(super) fn attention(&mut self, node: &Node, attention: &Attention) -> Value<'n> {
+    pub(super) fn native_attention(&mut self, node: &Node, attention: &Attention) -> Value<'n> {
         let refused = || Self::refused(node);
         let name = |part: &str| format!("{}/{part}", node.path);
         let Attention { heads, kv_heads, head_dim, .. } = *attention;
-        let split = |part: &str, place: usize, heads: usize| {
-            let sizes = [0, 0, heads as i64, head_dim as i64];
-            let x = self.value(node.inputs[place]);
-            self.target.reshape_transpose(&name(part), x, &sizes, &[0, 2, 1, 3]).map_err(refused())
-        };
-        let mut query = split("query", 0, heads)?;
-        let mut key = split("key", 1, kv_heads)?;
-        let mut value = split("value", 2, kv_heads)?;
+        let mut query = self.by_head(node, "query", 0, heads, head_dim)?;
+        let mut key = self.by_head(node, "key", 1, kv_heads, head_dim)?;
+        let mut value = self.by_head(node, "value", 2, kv_heads, head_dim)?;
         if let Some(rope) = &attention.rope {
             let positions = self.value(node.inputs[3]);
             query = self.rotate(node, "query", query, positions, rope, head_dim)?;
@@ -47,9 +36,7 @@ impl<'n> Lowering<'_, 'n, '_> {
             _ => {}
         }
         let mixed = self.target.attention(&node.path, query, key, value, options).map_err(refused())?;
-        let turned = self.target.transpose(&name("by_token"), mixed, &[0, 2, 1, 3]).map_err(refused())?;
-        let width = (heads * head_dim) as i64;
-        self.target.reshape(&name("joined"), turned, &[0, 0, width]).map_err(refused())
+        self.by_token(node, mixed, heads * head_dim)
     }
 
     fn rotate(
@@ -86,9 +73,8 @@ impl<'n> Lowering<'_, 'n, '_> {
         past: trt::Tensor<'n>,
     ) -> Value<'n> {
         let [input, output] = cache_names(kind, slot);
-        let sizes = [-1, attention.kv_heads as i64, self.sizes.max_seq_len as i64, attention.head_dim as i64];
         let refused = || Self::refused(node);
-        let cache = self.target.input(&input, data_type(self.network.dtype), &sizes).map_err(refused())?;
+        let cache = self.cache_input(node, attention, &input)?;
         let name = format!("{}/{kind}/cached", node.path);
         let present = self.target.kv_cache_update(&name, cache, update, past).map_err(refused())?;
         self.target.mark_output(&output, present).map_err(refused())?;

@@ -1,0 +1,190 @@
+//! An engine against the reference: the same random input through both, results compared one by one.
+use crate::engine_dir::EngineConfig;
+use crate::passes::MARK;
+use crate::runtime::{Executor, Output, RuntimeError};
+use graphs::DType;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// What is fed.
+#[derive(Clone, Copy, Debug)]
+pub struct Feed {
+    pub seed: u64,
+    pub batch: usize,
+    /// Tokens of the longest prompt; each further one is a token shorter.
+    pub input_len: usize,
+    /// Decode steps after the prompt.
+    pub steps: usize,
+}
+
+/// One result of a network, over all calls of a stage.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    /// `vision`, `prefill` or `decode`.
+    pub stage: &'static str,
+    pub result: String,
+    /// The largest ||engine - reference|| / ||reference|| of its calls.
+    pub relative_error: f64,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Verification {
+    pub comparisons: Vec<Comparison>,
+    /// Greedy choices, and how many of them were the same.
+    pub choices: usize,
+    pub equal_choices: usize,
+}
+
+/// The largest relative error that an engine of a type may have.
+pub fn bound(dtype: DType) -> f64 {
+    match dtype {
+        DType::Float32 => 1e-3,
+        DType::Float16 => 1e-2,
+        _ => 6e-2,
+    }
+}
+
+/// Runs both and compares. The reference's choices are fed to both, so that one near tie does not end the comparison.
+///
+/// # Errors
+/// What an executor refuses, or results that do not belong together.
+pub fn verify(
+    engine: &mut dyn Executor,
+    reference: &mut dyn Executor,
+    config: &EngineConfig,
+    feed: Feed,
+) -> Result<Verification, RuntimeError> {
+    let mut numbers = Numbers(feed.seed);
+    let mut errors: BTreeMap<(&'static str, String), f64> = BTreeMap::new();
+    let mut compare = |stage, engine: &mut dyn Executor, reference: &mut dyn Executor, used: &[usize]| {
+        let (found, wanted) = (engine.outputs()?, reference.outputs()?);
+        for (name, wanted) in &wanted {
+            let missing = || RuntimeError::Inconsistent { what: format!("output `{name}`") };
+            let error = relative_error(found.get(name).ok_or_else(missing)?, wanted, used).ok_or_else(missing)?;
+            let worst = errors.entry((stage, name.clone())).or_default();
+            // NaN is worse than any number.
+            if error.is_nan() || error > *worst {
+                *worst = error;
+            }
+        }
+        Ok::<_, RuntimeError>(())
+    };
+    let mut features = 0;
+    if let Some(multimodal) = config.pretrained_config.multimodal {
+        let [height, width] = multimodal.image_size;
+        let pixels: Vec<f32> = (0..feed.batch * 3 * height * width).map(|_| numbers.normal()).collect();
+        engine.see(&pixels, feed.batch)?;
+        reference.see(&pixels, feed.batch)?;
+        compare("vision", engine, reference, &[])?;
+        features = multimodal.num_visual_features;
+    }
+    let vocab = config.pretrained_config.vocab_size;
+    let prompt = |request: usize, numbers: &mut Numbers| {
+        let length = feed.input_len.saturating_sub(request).max(1);
+        let pictured = if features < length { features } else { 0 };
+        let row = |row: usize| (vocab + request * features + row) as i32;
+        let mut ids = vec![numbers.below(vocab) as i32];
+        ids.extend((0..pictured.min(length - 1)).map(row));
+        let words = length - ids.len();
+        ids.extend((0..words).map(|_| numbers.below(vocab) as i32));
+        ids
+    };
+    let prompts: Vec<Vec<i32>> = (0..feed.batch).map(|request| prompt(request, &mut numbers)).collect();
+    let used: Vec<usize> = prompts.iter().map(Vec::len).collect();
+    let mut found = engine.prefill(&prompts)?;
+    let mut wanted = reference.prefill(&prompts)?;
+    compare("prefill", engine, reference, &used)?;
+    let mut choices = wanted.len();
+    let mut equal_choices = equal(&found, &wanted);
+    for _ in 0..feed.steps {
+        engine.force(&wanted)?;
+        reference.force(&wanted)?;
+        let one = |steps: Vec<Vec<u32>>| steps.into_iter().next().unwrap_or_default();
+        (found, wanted) = (one(engine.decode(1)?), one(reference.decode(1)?));
+        compare("decode", engine, reference, &vec![1; feed.batch])?;
+        choices += wanted.len();
+        equal_choices += equal(&found, &wanted);
+    }
+    let comparison = |((stage, result), relative_error)| Comparison { stage, result, relative_error };
+    Ok(Verification { comparisons: errors.into_iter().map(comparison).collect(), choices, equal_choices })
+}
+
+impl Comparison {
+    /// Whether it is a result inside a network, which was marked when it was built.
+    pub fn is_mark(&self) -> bool {
+        self.result.starts_with(MARK)
+    }
+}
+
+fn equal(found: &[u32], wanted: &[u32]) -> usize {
+    std::iter::zip(found, wanted).filter(|(found, wanted)| found == wanted).count()
+}
+
+/// Over the tokens that count: `used` of each request, where the result has a row for each token.
+fn relative_error(found: &Output, wanted: &Output, used: &[usize]) -> Option<f64> {
+    if found.shape != wanted.shape || found.values.len() != wanted.values.len() {
+        return None;
+    }
+    let longest = used.iter().copied().max().unwrap_or(0);
+    let by_token = matches!(&wanted.shape[..], [batch, tokens, ..] if *batch == used.len() && *tokens == longest);
+    let rows = if by_token { used.len() * longest } else { 1 };
+    let width = (wanted.values.len() / rows.max(1)).max(1);
+    let (mut difference, mut size) = (0.0f64, 0.0f64);
+    let pairs = std::iter::zip(found.values.chunks(width), wanted.values.chunks(width));
+    for (row, (found, wanted)) in pairs.enumerate() {
+        if by_token && used.get(row / longest).is_some_and(|&used| row % longest >= used) {
+            continue;
+        }
+        for (found, wanted) in std::iter::zip(found, wanted) {
+            difference += f64::from(found - wanted).powi(2);
+            size += f64::from(*wanted).powi(2);
+        }
+    }
+    Some((difference / size.max(f64::MIN_POSITIVE)).sqrt())
+}
+
+/// SplitMix64 (Steele, Lea and Flood 2014).
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit.max(1) as u64) as usize
+    }
+
+    /// Nearly normal: the sum of 12 uniform numbers has variance 1.
+    fn normal(&mut self) -> f32 {
+        (0..12).map(|_| (self.next() >> 40) as f32 / (1 << 24) as f32).sum::<f32>() - 6.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_relative_and_skip_what_pads() {
+        let output = |values: &[f32]| Output { shape: vec![2, 2, 1], values: values.to_vec() };
+        let wanted = output(&[3.0, 4.0, 0.0, 9.0]);
+        assert_eq!(relative_error(&output(&[3.0, 4.0, 0.0, 9.0]), &wanted, &[2, 1]), Some(0.0));
+        // The last row pads the second request.
+        assert_eq!(relative_error(&output(&[3.0, 4.5, 0.0, -7.0]), &wanted, &[2, 1]), Some(0.1));
+        assert!(relative_error(&output(&[f32::NAN, 4.0, 0.0, 9.0]), &wanted, &[2, 1]).unwrap().is_nan());
+        assert_eq!(relative_error(&Output { shape: vec![4], values: vec![0.0; 4] }, &wanted, &[2, 1]), None);
+    }
+
+    #[test]
+    fn numbers_are_nearly_normal() {
+        let mut numbers = Numbers(1);
+        let values: Vec<f32> = (0..20000).map(|_| numbers.normal()).collect();
+        let mean = values.iter().sum::<f32>() / values.len() as f32;
+        let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f32>() / values.len() as f32;
+        assert!(mean.abs() < 0.03 && (variance - 1.0).abs() < 0.05, "{mean} {variance}");
+    }
+}
