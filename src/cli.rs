@@ -77,6 +77,10 @@ pub enum Command {
         #[command(subcommand)]
         command: EvalCommand,
     },
+    /// Write a checkpoint of a real shape with random weights, to build and to time
+    #[command(after_help = "Examples:\n  trtvlm synth llava-1.5-7b -o synthetic\n  \
+        trtvlm synth ./llava-1.5-7b-hf/config.json -o synthetic --layers 2 --dtype bfloat16")]
+    Synth(SynthArgs),
     /// Build one engine: what `build` starts for each
     #[command(name = "build-engine", hide = true)]
     BuildEngine { spec: PathBuf },
@@ -288,6 +292,24 @@ pub struct EvalPicturesArgs {
     pub dtype: DTypeChoice,
 }
 
+#[derive(Debug, Args)]
+pub struct SynthArgs {
+    /// A known shape (llava-1.5-7b; a wrong name lists all), a config.json, or its folder
+    pub config: String,
+    /// The folder to write, new or empty
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Type of the weights
+    #[arg(long, default_value = "float16", value_parser = float)]
+    pub dtype: DType,
+    /// The same seed gives the same weights
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Layers of the language part [default: the config's]
+    #[arg(long)]
+    pub layers: Option<usize>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Target {
     /// Interpreted on the CPU
@@ -314,12 +336,16 @@ impl Target {
 pub struct DTypeChoice(pub Option<DType>);
 
 fn dtype(text: &str) -> Result<DTypeChoice, String> {
-    let known = DType::parse(text).filter(|dtype| dtype.is_float() && dtype.name() == text);
-    match known {
-        Some(dtype) => Ok(DTypeChoice(Some(dtype))),
-        None if text == "auto" => Ok(DTypeChoice(None)),
-        None => Err("wanted auto, float16, bfloat16 or float32".into()),
+    match float(text) {
+        Ok(dtype) => Ok(DTypeChoice(Some(dtype))),
+        Err(_) if text == "auto" => Ok(DTypeChoice(None)),
+        Err(_) => Err("wanted auto, float16, bfloat16 or float32".into()),
     }
+}
+
+fn float(text: &str) -> Result<DType, String> {
+    let known = DType::parse(text).filter(|dtype| dtype.is_float() && dtype.name() == text);
+    known.ok_or_else(|| "wanted float16, bfloat16 or float32".into())
 }
 
 /// Compute capabilities that TensorRT-RTX builds for.
@@ -372,6 +398,7 @@ fn dispatch(command: &Command, printer: &Printer) -> Result<(), Failure> {
         Command::Backend { command } => commands::backend::run(command, printer),
         Command::Demo(args) => commands::demo::run(args, printer),
         Command::Eval { command } => commands::eval::run(command, printer),
+        Command::Synth(args) => commands::synth::run(args, printer),
         Command::BuildEngine { spec } => {
             if crate::builder::build_engine(spec) {
                 Ok(())

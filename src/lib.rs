@@ -19,4 +19,5 @@ pub mod processor;
 pub mod report;
 pub mod runtime;
 pub mod source;
+pub mod synth;
 pub mod verify;

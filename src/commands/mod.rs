@@ -7,4 +7,5 @@ pub mod eval;
 pub mod inspect;
 pub mod plan;
 pub mod run;
+pub mod synth;
 pub mod verify;
