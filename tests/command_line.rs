@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-const COMMANDS: [&str; 7] = ["build", "plan", "run", "inspect", "backend", "demo", "eval"];
+const COMMANDS: [&str; 10] = ["build", "plan", "run", "verify", "bench", "inspect", "synth", "backend", "demo", "eval"];
 
 /// The program with the user's own settings taken away.
 fn shell(arguments: &[&str]) -> Command {

@@ -164,7 +164,8 @@ fn libraries(place: &Path, kind: Kind) -> Vec<PathBuf> {
 /// # Errors
 /// Where there is none, with the places looked at.
 pub fn find(kind: Kind) -> Result<PathBuf, BackendError> {
-    find_in(kind, &Environment::of_process())
+    // Builders work in folders of their own.
+    find_in(kind, &Environment::of_process()).map(|path| std::path::absolute(&path).unwrap_or(path))
 }
 
 fn find_in(kind: Kind, environment: &Environment) -> Result<PathBuf, BackendError> {

@@ -40,6 +40,9 @@ __device__ float rotated(const element *head, int d, const float *table, int pos
     return x;
 }
 
+// Whatever the positions are, only the table is read.
+__device__ int place(int position, int rows) { return max(0, min(position, rows - 1)); }
+
 // Keys that token t of a request sees: those up to its own row.
 __device__ int visible(int t, int past, int sequence, int rows) {
     int count = CAUSAL ? min(past + t + 1, sequence) : sequence;
@@ -47,14 +50,14 @@ __device__ int visible(int t, int past, int sequence, int rows) {
 }
 
 // Writes the new keys, rotated, and values into the caches. Grid (tokens, batch).
-extern "C" __global__ void append(const element *key, const element *value, element *key_cache, element *value_cache,
+extern "C" __global__ void trtvlm_append(const element *key, const element *value, element *key_cache, element *value_cache,
                                   const int *positions, const int *past, const int *sequence, const float *table,
                                   int tokens, int rows) {
     const int t = blockIdx.x, request = blockIdx.y;
     const int row = past[request] + t;
     // What pads a shorter prompt is not part of it.
-    if (row >= sequence[request] || row >= rows) return;
-    const int position = ROTARY ? min(positions[request * tokens + t], rows - 1) : 0;
+    if (row < 0 || row >= sequence[request] || row >= rows) return;
+    const int position = ROTARY ? place(positions[request * tokens + t], rows) : 0;
     const size_t source = (size_t)(request * tokens + t) * KV_HEADS * HEAD_DIM;
     for (int i = threadIdx.x; i < KV_HEADS * HEAD_DIM; i += blockDim.x) {
         const int head = i / HEAD_DIM, d = i % HEAD_DIM;
@@ -92,7 +95,7 @@ __device__ void load_lane(const element *row, int lane, float *x) {
 // A part of the keys for one query: the running maximum, the sum and the unnormalized mix go to `partial`
 // [batch * tokens, HEADS, splits, HEAD_DIM + 2]. Grid (splits, HEADS, batch * tokens), WARPS warps.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    attend_part(const element *query, const element *key_cache, const element *value_cache, const int *positions,
+    trtvlm_attend_part(const element *query, const element *key_cache, const element *value_cache, const int *positions,
                 const int *past, const int *sequence, const float *table, float *partial, int tokens, int rows) {
     const int split = blockIdx.x, head = blockIdx.y, token = blockIdx.z;
     const int request = token / tokens, t = token % tokens;
@@ -100,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const int start = split * CHUNK, end = min(start + CHUNK, keys);
     if (start >= keys) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int position = ROTARY ? min(positions[request * tokens + t], rows - 1) : 0;
+    const int position = ROTARY ? place(positions[request * tokens + t], rows) : 0;
     const element *source = query + ((size_t)token * HEADS + head) * HEAD_DIM;
     float q[LANE], mix[LANE];
 #pragma unroll
@@ -165,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 }
 
 // Joins the parts of a query. Grid (HEADS, batch * tokens), a multiple of 32 threads.
-extern "C" __global__ void attend_join(const float *partial, element *result, const int *past, const int *sequence,
+extern "C" __global__ void trtvlm_attend_join(const float *partial, element *result, const int *past, const int *sequence,
                                        int tokens, int rows, int splits) {
     const int head = blockIdx.x, token = blockIdx.y;
     const int request = token / tokens, t = token % tokens;
@@ -198,7 +201,7 @@ extern "C" __global__ void attend_join(const float *partial, element *result, co
 
 // All keys for many queries. Grid (ceil(tokens / QUERIES), HEADS, batch), WARPS warps.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    attend_all(const element *query, const element *key_cache, const element *value_cache, const int *positions,
+    trtvlm_attend_all(const element *query, const element *key_cache, const element *value_cache, const int *positions,
                const int *past, const int *sequence, const float *table, element *result, int tokens, int rows) {
     extern __shared__ float4 shared[];
     float *queries = reinterpret_cast<float *>(shared);
@@ -210,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         const int t = first_query + i / WIDTH, d = i % WIDTH;
         float x = 0.0f;
         if (t < tokens && d < HEAD_DIM) {
-            const int position = ROTARY ? min(positions[request * tokens + t], rows - 1) : 0;
+            const int position = ROTARY ? place(positions[request * tokens + t], rows) : 0;
             x = rotated(query + ((size_t)(request * tokens + t) * HEADS + head) * HEAD_DIM, d, table, position) * SCALE;
         }
         queries[i] = x;

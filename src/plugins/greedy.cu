@@ -17,7 +17,7 @@ __device__ void reduce(float &value, int &place) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    choose(const float *logits, const int *sequence, int *next_tokens, int *next_sequence, int vocab) {
+    trtvlm_choose(const float *logits, const int *sequence, int *next_tokens, int *next_sequence, int vocab) {
     const float *row = logits + (size_t)blockIdx.x * vocab;
     float value = -3.4e38f;
     int place = vocab - 1;

@@ -45,7 +45,7 @@ impl Loaded {
         let contexts = (0..profiles).map(context).collect::<Result<Vec<_>, _>>()?;
         let mut sizes: BTreeMap<String, usize> = BTreeMap::new();
         for (profile, context) in contexts.iter().enumerate() {
-            for tensor in tensors.iter().filter(|tensor| tensor.input) {
+            for tensor in tensors.iter().filter(|tensor| tensor.input && tensor.shape.contains(&-1)) {
                 let largest = engine.largest_shape(&tensor.name, profile)?;
                 context.set_shape(&tensor.name, &largest)?;
             }

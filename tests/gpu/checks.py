@@ -1,0 +1,270 @@
+"""What tests/gpu.sh runs on a machine with a GPU: builds, verifies, refuses, times; writes one JSON record per check.
+
+usage: checks.py PHASE WORK    PHASE: small | real | sanitize;  needs TRTVLM (the program) and TRTVLM_TENSORRT
+Nothing here decides what is right: `trtvlm verify` does, against the reference that the CPU tests hold to the goldens.
+"""
+import concurrent.futures, json, os, pathlib, re, shutil, signal, subprocess, sys, time
+
+PROGRAM = os.environ["TRTVLM"]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FIXTURE = ROOT / "fixtures/llava-hf"
+
+
+def run(*arguments, timeout=400, env=None):
+    return subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "NO_COLOR": "1", **(env or {})})
+
+
+def last_lines(text, count=6):
+    return "\n".join(text.strip().splitlines()[-count:])
+
+
+class Failed(Exception):
+    pass
+
+
+def need(condition, message):
+    if not condition:
+        raise Failed(message)
+
+
+def build(model, directory, *flags, target="tensorrt,reference"):
+    done = run("build", model, "-o", directory, "--target", target, "--json", *flags)
+    need(done.returncode == 0, f"build: exit {done.returncode}\n{last_lines(done.stderr, 12)}")
+    return json.loads(done.stdout)
+
+
+def verify(directory, *flags, timeout=400):
+    done = run("verify", directory, "--json", *flags, timeout=timeout)
+    need(done.stdout.strip(), f"verify: exit {done.returncode}\n{last_lines(done.stderr, 12)}")
+    found = json.loads(done.stdout)
+    need("comparisons" in found, f"verify: {json.dumps(found)}")
+    return found
+
+
+def compared(model, directory, *build_flags, verify_flags=(), all_equal=False):
+    """Builds and compares; gives the worst error of each stage."""
+    built = build(model, directory, *build_flags)
+    found = verify(directory, *verify_flags)
+    stages = {}
+    for one in found["comparisons"]:
+        name = one["stage"] + (" layers" if one["result"].startswith("mark/") else "")
+        stages[name] = max(stages.get(name, 0), one["relative_error"] or float("nan"))
+    record = {"errors": stages, "bound": found["bound"], "equal": found["equal_choices"], "choices": found["choices"],
+              "build_seconds": {engine["network"]: round(engine["seconds"], 1) for engine in built["engines"]}}
+    need(found["passed"], f"beyond the bound: {json.dumps(record)}")
+    need(not all_equal or found["equal_choices"] == found["choices"], f"other tokens: {json.dumps(record)}")
+    return record
+
+
+def shape(work, name, **config):
+    """A LLaMA of its own shape with random weights."""
+    folder = work / "shapes" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    base = dict(architectures=["LlamaForCausalLM"], model_type="llama", num_hidden_layers=2, vocab_size=1003,
+                max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
+                tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    (folder / "config.json").write_text(json.dumps({**base, **config}))
+    done = run("synth", folder / "config.json", "-o", folder / "checkpoint", "--dtype", "float32")
+    need(done.returncode == 0, f"synth: {last_lines(done.stderr)}")
+    return folder / "checkpoint"
+
+
+def small_checks(work):
+    smol = os.environ.get("TRTVLM_SMOLLM2")
+    trained = os.environ.get("TRTVLM_TRAINED_LLAVA")
+    batch = ("--max-batch-size", "2")
+    checks = {}
+
+    def fixture(dtype, *flags, layers=False):
+        directory = work / "-".join(["fixture", dtype, *flags]).replace("--", "")
+        mark = ("--mark", "**.mlp.down_proj", "**.mlp.fc2", "**.o_proj") if layers else ()
+        return lambda: compared(FIXTURE, directory, "--dtype", dtype, *batch, *flags, *mark, all_equal=dtype == "float32",
+                                verify_flags=("--layers",) if layers else ())
+
+    for dtype in ("float32", "float16", "bfloat16"):
+        checks[f"llava-hf {dtype}"] = fixture(dtype)
+    checks["llava-hf float32, layer by layer"] = fixture("float32", "--max-output-len", "40", layers=True)
+    for quant in ("int8", "int4-g16"):
+        for dtype in ("float32", "float16"):
+            checks[f"llava-hf {dtype} {quant}, vision too"] = fixture(dtype, "--quant", quant, "--vision-quant", quant)
+    if smol:
+        sizes = ("--max-input-len", "64", "--max-output-len", "40")
+        for dtype, quant in (("float32", "none"), ("float16", "none"), ("bfloat16", "none"), ("float16", "int8"),
+                             ("float16", "int4-g64"), ("float32", "int4-g64")):
+            directory = work / f"smollm2-{dtype}-{quant}"
+            checks[f"SmolLM2-135M {dtype} {quant}"] = lambda directory=directory, dtype=dtype, quant=quant: compared(
+                smol, directory, "--dtype", dtype, "--quant", quant, *batch, *sizes, all_equal=dtype == "float32")
+    shapes = {
+        "4 heads of 6": dict(hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=4, head_dim=6),
+        "6 heads of 64 on 2": dict(hidden_size=384, intermediate_size=512, num_attention_heads=6, num_key_value_heads=2),
+        "4 heads of 80 on 1": dict(hidden_size=320, intermediate_size=512, num_attention_heads=4, num_key_value_heads=1),
+        "4 heads of 128": dict(hidden_size=512, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4),
+        "2 heads of 256": dict(hidden_size=512, intermediate_size=512, num_attention_heads=2, num_key_value_heads=2),
+    }
+    long = ("--max-batch-size", "3", "--max-input-len", "200", "--max-output-len", "60")
+    for name, config in shapes.items():
+        for dtype in ("float32", "float16", "bfloat16") if name in ("6 heads of 64 on 2", "4 heads of 128") else ("float32", "float16"):
+            def check(name=name, config=config, dtype=dtype):
+                model = shape(work, f"{name}-{dtype}".replace(" ", "_"), **config)
+                return compared(model, work / f"engine-{name}-{dtype}".replace(" ", "_"), "--dtype", dtype, *long,
+                                verify_flags=("--input-len", "197", "--steps", "40"), all_equal=dtype == "float32")
+            checks[f"{name}, {dtype}, 3 prompts of 197, 196 and 195 tokens"] = check
+    checks["a run says what the reference says"] = lambda: same_answer(work, smol, trained)
+    checks["killed in the middle, the directory before is whole"] = lambda: killed(work)
+    checks["another version or GPU is refused"] = lambda: refused(work)
+    return checks
+
+
+def same_answer(work, smol, trained):
+    record = {}
+    if smol:
+        directory = work / "answer-smollm2"
+        build(smol, directory, "--dtype", "float16", "--max-input-len", "64", "--max-output-len", "40")
+        said = [run("run", directory, "--target", target, "--prompt", "The capital of France is", "--max-new-tokens", "8",
+                    "--json") for target in ("tensorrt", "reference")]
+        texts = [json.loads(one.stdout)["outputs"][0]["text"] if one.stdout else last_lines(one.stderr) for one in said]
+        need(texts[0] == texts[1] and texts[0].startswith("Paris"), f"{texts}")
+        record["SmolLM2"] = texts[0]
+    if trained:
+        directory = work / "answer-llava"
+        build(trained, directory, "--dtype", "float16", "--max-batch-size", "2")
+        task = json.loads((pathlib.Path(trained) / "task.json").read_text())
+        picture = os.environ["TRTVLM_PICTURE"]
+        said = [run("run", directory, "--target", target, "--image", picture, "--prompt", task["prompt"], "--json")
+                for target in ("tensorrt", "reference")]
+        texts = [json.loads(one.stdout)["outputs"][0]["text"] if one.stdout else last_lines(one.stderr) for one in said]
+        need(texts[0] == texts[1] and texts[0], f"{texts}")
+        record["trained LLaVA"] = texts[0]
+    return record
+
+
+def killed(work):
+    """SIGKILL of the whole tree while TensorRT works."""
+    directory = work / "killed"
+    build(FIXTURE, directory, "--dtype", "float16")
+    before = (directory / "manifest.json").read_bytes()
+    child = subprocess.Popen([PROGRAM, "build", FIXTURE, "-o", directory, "--dtype", "float32", "--target", "tensorrt,reference"],
+                             stderr=subprocess.DEVNULL, start_new_session=True)
+    time.sleep(4)
+    need(child.poll() is None, "the build was over before it was killed")
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    time.sleep(1)
+    left = subprocess.run(["pgrep", "-f", f"build-engine"], capture_output=True, text=True).stdout.split()
+    need((directory / "manifest.json").read_bytes() == before, "the manifest changed")
+    inspected = run("inspect", directory)
+    need(inspected.returncode == 0, f"inspect: {last_lines(inspected.stderr)}")
+    need(verify(directory, "--steps", "4")["passed"], "the engines no longer verify")
+    build(FIXTURE, directory, "--dtype", "float32")
+    need(verify(directory, "--steps", "4")["passed"], "a build afterwards does not verify")
+    stale = [path.name for path in work.iterdir() if path.name.startswith(".killed")]
+    return {"left behind after the next build": stale, "builders of other checks at that time": len(left)}
+
+
+def refused(work):
+    directory = work / "refused"
+    build(FIXTURE, directory, "--dtype", "float16")
+    manifest = directory / "manifest.json"
+    text = manifest.read_text()
+    record = {}
+    for name, pattern, other in (("version", r"TensorRT \d+\.\d+", "TensorRT 10.5"), ("GPU", r'"sm\d+"', '"sm80"')):
+        manifest.write_text(re.sub(pattern, other, text))
+        done = run("run", directory, "--target", "tensorrt", "--prompt", "a")
+        need(done.returncode == 1 and "trtvlm build" in done.stderr, f"{name}: exit {done.returncode} {done.stderr}")
+        record[name] = done.stderr.strip()
+    manifest.write_text(text)
+    return record
+
+
+def sanitize_checks(work):
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    cases = {"llava-hf float16": ("fixture-float16", ()), "llava-hf float32": ("fixture-float32", ()),
+             "6 heads of 64 on 2, bfloat16": ("engine-6_heads_of_64_on_2-bfloat16", ("--input-len", "70")),
+             "4 heads of 128, float16": ("engine-4_heads_of_128-float16", ("--input-len", "70")),
+             "2 heads of 256, float32": ("engine-2_heads_of_256-float32", ("--input-len", "70"))}
+    kernels = ["--kernel-name=kernel_substring=trtvlm_"]
+
+    def sanitized(kind, name, flags):
+        done = subprocess.run([tool, "--tool", kind, "--error-exitcode", "9", *kernels, PROGRAM, "verify", str(work / name),
+                               "--steps", "3", *flags], capture_output=True, text=True, timeout=300)
+        text = done.stdout + done.stderr
+        summary = [line for line in text.splitlines() if "SUMMARY" in line or "RACECHECK" in line]
+        clean = bool(summary) and ("0 errors" in summary[-1] or "0 hazards" in summary[-1])
+        need(done.returncode == 0 and clean, f"exit {done.returncode}\n{last_lines(text, 14)}")
+        return {"summary": summary[-1].strip("= ")}
+
+    return {f"compute-sanitizer {kind}: {case}": lambda kind=kind, name=name, flags=flags: sanitized(kind, name, flags)
+            for case, (name, flags) in cases.items() for kind in ("memcheck", "racecheck")}
+
+
+def real_checks(work):
+    """LLaVA-1.5-7B's shape; one at a time, so that times mean something."""
+    checkpoint, directory = work / "llava-7b", work / "engines-7b"
+    sizes = ("--max-input-len", "640", "--max-output-len", "512")
+
+    def synth():
+        start = time.monotonic()
+        done = run("synth", "llava-1.5-7b", "-o", checkpoint, "--json")
+        need(done.returncode == 0, last_lines(done.stderr))
+        return {**{key: json.loads(done.stdout)[key] for key in ("values", "bytes", "seconds")}, "wall": time.monotonic() - start}
+
+    def builds():
+        start = time.monotonic()
+        built = build(checkpoint, directory, "--dtype", "float16", *sizes, target="tensorrt")
+        return {"engines": built["engines"], "wall": time.monotonic() - start}
+
+    def bench():
+        done = run("bench", directory, "--input-len", "640", "--json")
+        need(done.returncode == 0, last_lines(done.stderr))
+        return json.loads(done.stdout)
+
+    def peer():
+        out = work / "peer.json"
+        done = subprocess.run(["python3", str(ROOT / "tests/gpu/peer.py"), str(checkpoint), "--json", str(out)],
+                              capture_output=True, text=True, timeout=280)
+        need(out.exists(), last_lines(done.stderr))
+        return json.loads(out.read_text())
+
+    def smol_bench():
+        done = run("bench", work / "smollm2-float16-none", "--batch", "1,2", "--input-len", "32,64", "--json")
+        need(done.returncode == 0, last_lines(done.stderr))
+        return json.loads(done.stdout)
+
+    checks = {"LLaVA-1.5-7B shape: synth": synth, "LLaVA-1.5-7B shape: build float16": builds,
+              "LLaVA-1.5-7B shape: bench": bench, "LLaVA-1.5-7B shape: transformers": peer}
+    if (work / "smollm2-float16-none").exists():
+        checks["SmolLM2-135M float16: bench"] = smol_bench
+    return checks
+
+
+def main():
+    phase, work = sys.argv[1], pathlib.Path(sys.argv[2])
+    work.mkdir(parents=True, exist_ok=True)
+    checks = {"small": small_checks, "real": real_checks, "sanitize": sanitize_checks}[phase](work)
+    only = os.environ.get("TRTVLM_ONLY")
+    results, failures = work / f"{phase}.jsonl", 0
+
+    def attempt(name, check):
+        start = time.monotonic()
+        try:
+            record = {"passed": True, "found": check()}
+        except Exception as error:
+            record = {"passed": False, "found": f"{type(error).__name__}: {error}"}
+        return {"check": name, **record, "seconds": round(time.monotonic() - start, 1)}
+
+    wanted = {name: check for name, check in checks.items() if not only or re.search(only, name)}
+    # Correctness does not mind company; times do.
+    with results.open("a") as out, concurrent.futures.ThreadPoolExecutor(1 if phase == "real" else 5) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(attempt, *item) for item in wanted.items()]):
+            record = done.result()
+            failures += not record["passed"]
+            out.write(json.dumps(record) + "\n")
+            out.flush()
+            mark = "ok    " if record["passed"] else "FAILED"
+            print(f"{mark} {record['seconds']:6.1f} s  {record['check']}: {json.dumps(record['found'])[:1500]}", flush=True)
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
