@@ -47,6 +47,7 @@ pub struct EngineTarget {
     pub gpus: Vec<u32>,
     /// TensorRT: what building for the GPU at hand needs.
     pub local: Option<LocalSpec>,
+    pub optimization_level: Option<i32>,
 }
 
 pub struct Assembly<'a> {
@@ -231,6 +232,7 @@ fn build(
         library: target.library.clone(),
         gpus: target.gpus.clone(),
         local: target.local.clone(),
+        optimization_level: target.optimization_level,
         sizes: compiled.sizes,
         constants,
         engine: staging.place(&name)?,

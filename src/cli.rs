@@ -133,6 +133,9 @@ pub struct BuildArgs {
     /// Seconds that one engine may take
     #[arg(long)]
     pub timeout: Option<u64>,
+    /// How much TensorRT tries for faster engines, 0 (builds fastest) to 5 [default: TensorRT's own, 3]
+    #[arg(long, value_name = "LEVEL", value_parser = clap::value_parser!(i32).range(0..=5))]
+    pub optimization_level: Option<i32>,
     /// Write the network's text after each pass into this folder
     #[arg(long, value_name = "DIR")]
     pub dump: Option<PathBuf>,

@@ -12,6 +12,15 @@ fn compiler(gpu: u32) -> Compiler {
     Compiler::new(&find(Kind::Nvrtc).unwrap(), gpu).unwrap()
 }
 
+/// What an engine stores holds machine code, an ELF file, with every kernel that is started by its name.
+fn assert_carries(state: &[u8], kernels: &[&str]) {
+    let holds = |wanted: &[u8]| state.windows(wanted.len()).any(|bytes| bytes == wanted);
+    assert!(holds(b"\x7fELF"));
+    for name in kernels {
+        assert!(holds(format!("\0trtvlm_{name}\0").as_bytes()), "{name}");
+    }
+}
+
 #[test]
 fn attention_compiles_for_every_gpu_type_and_head() {
     for gpu in GPUS {
@@ -22,9 +31,7 @@ fn attention_compiles_for_every_gpu_type_and_head() {
                 let shape =
                     AttentionShape { dtype, heads: 4, kv_heads: 2, head_dim, scale: 0.125, rotary, causal: rotary };
                 let plugin = AttentionPlugin::new(shape, &compiler).unwrap();
-                let state = plugin.state();
-                // A cubin is an ELF file.
-                assert!(state.windows(4).any(|bytes| bytes == b"\x7fELF"), "sm{gpu} {dtype} {head_dim}");
+                assert_carries(&plugin.state(), &AttentionPlugin::KERNELS);
             }
         }
     }
@@ -33,7 +40,7 @@ fn attention_compiles_for_every_gpu_type_and_head() {
 #[test]
 fn the_greedy_choice_compiles_for_every_gpu() {
     for gpu in GPUS {
-        assert!(GreedyPlugin::new(&compiler(gpu)).unwrap().state().windows(4).any(|bytes| bytes == b"\x7fELF"));
+        assert_carries(&GreedyPlugin::new(&compiler(gpu)).unwrap().state(), &GreedyPlugin::KERNELS);
     }
 }
 

@@ -82,6 +82,7 @@ fn build(spec: &Path, say: &(dyn Fn(&ChildMessage) + Sync)) -> Result<ChildMessa
         profiles: lower::profiles(&network, &spec.sizes),
         compute_capabilities: spec.gpus,
         describe: false,
+        optimization_level: spec.optimization_level,
         timing_cache: local.as_ref().and_then(|local| local.timings.read()),
     };
     let mut out = BufWriter::new(File::create(&spec.engine).map_err(file(&spec.engine))?);

@@ -25,6 +25,8 @@ pub struct EngineSpec {
     pub gpus: Vec<u32>,
     /// TensorRT 10 and later, which builds for the GPU at hand.
     pub local: Option<LocalSpec>,
+    /// How much TensorRT tries, 0 to 5; its own choice where nothing is said.
+    pub optimization_level: Option<i32>,
     pub sizes: Sizes,
     /// Where the bytes of each weight lie, by `Weight::key` (and `KEY.scale`).
     pub constants: BTreeMap<String, ConstantPlace>,

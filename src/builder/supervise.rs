@@ -256,6 +256,7 @@ mod tests {
             library: "l".into(),
             gpus: vec![89],
             local: None,
+            optimization_level: None,
             sizes: SizeRequest { max_batch_size: 1, ..SizeRequest::default() }.resolve(&facts).unwrap(),
             constants: Default::default(),
             engine: folder.path().join("model.engine"),

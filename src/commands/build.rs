@@ -35,7 +35,8 @@ pub(super) fn request(options: &ModelOptions) -> Request {
 }
 
 /// The kind of engines that is asked for, with the libraries that it takes.
-fn engine_target(options: &ModelOptions) -> Result<Option<EngineTarget>, Failure> {
+fn engine_target(args: &BuildArgs) -> Result<Option<EngineTarget>, Failure> {
+    let (options, optimization_level) = (&args.options, args.optimization_level);
     let wants = |target| options.target.contains(&target);
     Ok(match (wants(Target::Rtx), wants(Target::Tensorrt)) {
         (true, true) => {
@@ -44,12 +45,24 @@ fn engine_target(options: &ModelOptions) -> Result<Option<EngineTarget>, Failure
         }
         (true, false) => {
             let library = backend::find(Kind::Rtx)?;
-            Some(EngineTarget { name: Target::Rtx.name(), library, gpus: gpus(options), local: None })
+            Some(EngineTarget {
+                name: Target::Rtx.name(),
+                library,
+                gpus: gpus(options),
+                local: None,
+                optimization_level,
+            })
         }
         (false, true) => {
             let library = backend::find(Kind::Tensorrt)?;
             let local = LocalSpec { nvrtc: backend::find(Kind::Nvrtc)?, timings: backend::timings_folder() };
-            Some(EngineTarget { name: Target::Tensorrt.name(), library, gpus: Vec::new(), local: Some(local) })
+            Some(EngineTarget {
+                name: Target::Tensorrt.name(),
+                library,
+                gpus: Vec::new(),
+                local: Some(local),
+                optimization_level,
+            })
         }
         (false, false) => None,
     })
@@ -69,7 +82,7 @@ pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
 pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Vec<Value>), Failure> {
     let start = Instant::now();
     let options = &args.options;
-    let engines = engine_target(options)?;
+    let engines = engine_target(args)?;
     let request = Request { dump: args.dump.clone(), marks: args.mark.clone(), ..request(options) };
     let compiled = compile_reported(&request, printer)?;
     if options.target.contains(&Target::Rtx) {
@@ -187,6 +200,9 @@ fn command(args: &BuildArgs) -> String {
         if let Some(size) = size {
             text += &format!(" {flag} {size}");
         }
+    }
+    if let Some(level) = args.optimization_level {
+        text += &format!(" --optimization-level {level}");
     }
     if !args.mark.is_empty() {
         text += &format!(" --mark {}", args.mark.iter().map(|mark| format!("'{mark}'")).collect::<Vec<_>>().join(" "));

@@ -102,6 +102,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
         },
         output: output.to_path_buf(),
         timeout: None,
+        optimization_level: None,
         dump: None,
         mark: Vec::new(),
     }

@@ -64,6 +64,7 @@ pub struct AttentionPlugin {
 
 impl AttentionPlugin {
     pub const NAME: &'static CStr = c"TrtvlmAttention";
+    pub const KERNELS: [&'static str; 4] = ["append", "attend_part", "attend_join", "attend_all"];
 
     /// # Errors
     /// The compiler's log.
@@ -107,6 +108,7 @@ impl Plugin for AttentionPlugin {
 
     fn enqueue(&self, call: &PluginCall<'_>) -> Result<(), String> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let [append, attend_part, attend_join, attend_all] = AttentionPlugin::KERNELS;
         let Sizes { batch, tokens, rows } =
             sizes(call.inputs.iter().map(|input| input.shape.as_slice())).ok_or("its inputs have other shapes")?;
         let mut at = [0u64; 9];
@@ -124,7 +126,7 @@ impl Plugin for AttentionPlugin {
         let PluginTensor { address: mut mix, .. } = mix.clone();
         let (mut workspace, mut token_count, mut row_count) = (call.workspace, tokens as i32, rows as i32);
         macro_rules! launch {
-            ($name:literal, $grid:expr, $threads:expr, $shared:expr, [$($argument:ident),*]) => {{
+            ($name:expr, $grid:expr, $threads:expr, $shared:expr, [$($argument:ident),*]) => {{
                 let launch = Launch { grid: $grid, threads: $threads as u32, shared: $shared };
                 let arguments = &mut [$((&raw mut $argument).cast::<c_void>()),*];
                 // SAFETY: the arguments are those of the kernel in attention.cu; shapes were checked by TensorRT
@@ -134,7 +136,7 @@ impl Plugin for AttentionPlugin {
         }
         let threads = (kv_heads * head_dim).next_multiple_of(32).min(512);
         launch!(
-            "append",
+            append,
             [tokens, batch, 1],
             threads,
             0,
@@ -144,14 +146,14 @@ impl Plugin for AttentionPlugin {
             let splits = rows.div_ceil(CHUNK);
             let mut split_count = splits as i32;
             launch!(
-                "attend_part",
+                attend_part,
                 [splits, heads, batch * tokens],
                 WARPS * 32,
                 0,
                 [query, keys, values, positions, past, sequence, table, workspace, token_count, row_count]
             )?;
             launch!(
-                "attend_join",
+                attend_join,
                 [heads, batch * tokens, 1],
                 head_dim.next_multiple_of(32).min(256),
                 0,
@@ -161,7 +163,7 @@ impl Plugin for AttentionPlugin {
             let width = head_dim.next_multiple_of(4);
             let shared = (QUERIES * width + 2 * KEYS * (width + 4)) * size_of::<f32>();
             launch!(
-                "attend_all",
+                attend_all,
                 [tokens.div_ceil(QUERIES), heads, batch],
                 WARPS * 32,
                 shared,

@@ -15,6 +15,7 @@ pub struct GreedyPlugin {
 
 impl GreedyPlugin {
     pub const NAME: &'static CStr = c"TrtvlmGreedy";
+    pub const KERNELS: [&'static str; 1] = ["choose"];
 
     /// # Errors
     /// The compiler's log.
@@ -57,6 +58,6 @@ impl Plugin for GreedyPlugin {
         arguments.push((&raw mut vocab).cast());
         let launch = Launch { grid: [batch.max(0) as usize, 1, 1], threads: 1024, shared: 0 };
         // SAFETY: the arguments are those of the kernel in greedy.cu, of the shapes that TensorRT checked.
-        unsafe { self.kernels.launch("trtvlm_choose", launch, call.stream, &mut arguments) }
+        unsafe { self.kernels.launch(GreedyPlugin::KERNELS[0], launch, call.stream, &mut arguments) }
     }
 }

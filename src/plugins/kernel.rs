@@ -101,7 +101,7 @@ impl Kernels {
         self.module.get_or_init(load).as_ref().map(|module| module.0).map_err(Clone::clone)
     }
 
-    /// Puts a kernel on a stream.
+    /// Puts a kernel on a stream; its name in the source has the prefix `trtvlm_`, by which profilers can pick ours.
     ///
     /// # Safety
     /// `arguments` point at values of the types that the kernel takes, in its order; addresses among them are device
@@ -118,7 +118,7 @@ impl Kernels {
     ) -> Result<(), String> {
         let failed = |error: result::DriverError| format!("kernel `{name}`: {error}");
         let module = self.module()?;
-        let title = CString::new(name).map_err(|error| error.to_string())?;
+        let title = CString::new(format!("trtvlm_{name}")).map_err(|error| error.to_string())?;
         let size = |place: usize| u32::try_from(launch.grid[place]).map_err(|_| format!("`{name}`: too many blocks"));
         let grid = (size(0)?, size(1)?, size(2)?);
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {

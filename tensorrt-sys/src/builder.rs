@@ -4,7 +4,7 @@ use crate::network::Network;
 use crate::progress::{Listener, Monitor};
 use crate::slots::{builder, builder_config, host_memory, network_definition, optimization_profile, timing_cache};
 use crate::stream::{BuildSummary, StreamWriter};
-use crate::{Error, Family, Library, OptProfileSelector, PreviewFeature, ProfilingVerbosity, Result};
+use crate::{BuilderFlag, Error, Family, Library, OptProfileSelector, PreviewFeature, ProfilingVerbosity, Result};
 use std::ffi::{CString, c_char};
 use std::io::Write;
 use std::rc::Rc;
@@ -43,6 +43,8 @@ pub struct BuildOptions {
     pub compute_capabilities: Vec<u32>,
     /// Keep the builder's description of the layers.
     pub describe: bool,
+    /// How much the builder tries, 0 to 5; TensorRT's own choice where nothing is said.
+    pub optimization_level: Option<i32>,
     /// What an earlier build measured (TensorRT 10 and later); one of another version or GPU is not used.
     pub timing_cache: Option<Vec<u8>>,
 }
@@ -155,7 +157,14 @@ impl Config {
             if let Some(feature) = PreviewFeature::AliasedPluginIo1003.value(family) {
                 call!(family, this, builder_config::SET_PREVIEW_FEATURE, (feature => i32, true => bool) -> ())?;
             }
+            // float32 is what was asked for: products of 10 bits of mantissa (TF32) are not.
+            if let Some(flag) = BuilderFlag::Tf32.value(family) {
+                call!(family, this, builder_config::CLEAR_FLAG, (flag => i32) -> ())?;
+            }
             config.remember(options.timing_cache.as_deref().unwrap_or_default())?;
+        }
+        if let Some(level) = options.optimization_level {
+            call!(family, this, builder_config::SET_BUILDER_OPTIMIZATION_LEVEL, (level => i32) -> ())?;
         }
         if options.describe {
             let value = ProfilingVerbosity::Detailed.value(family).unwrap_or(0);
