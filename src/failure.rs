@@ -27,11 +27,13 @@ pub struct Failure {
     pub message: String,
     pub causes: Vec<String>,
     pub hint: Option<String>,
+    /// The command has written its JSON already, the failure told in it.
+    pub told: bool,
 }
 
 impl Failure {
     pub fn new(exit: Exit, message: impl Into<String>) -> Failure {
-        Failure { exit, message: message.into(), causes: Vec::new(), hint: None }
+        Failure { exit, message: message.into(), causes: Vec::new(), hint: None, told: false }
     }
 
     /// The error's own text, then those of its sources as causes, each said once.
@@ -55,9 +57,15 @@ impl Failure {
         self
     }
 
+    #[must_use]
+    pub fn told(mut self) -> Failure {
+        self.told = true;
+        self
+    }
+
     /// Writes the failure where the user looks for it.
     pub fn report(&self, printer: &Printer) {
-        if printer.is_json() {
+        if printer.is_json() && !self.told {
             let error = json!({
                 "message": self.message, "causes": self.causes, "hint": self.hint, "exit": self.exit as u8,
             });

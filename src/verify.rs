@@ -23,8 +23,10 @@ pub struct Comparison {
     /// `vision`, `prefill` or `decode`.
     pub stage: &'static str,
     pub result: String,
-    /// The largest ||engine - reference|| / ||reference|| of its calls.
+    /// ||engine - reference|| / ||reference|| over all calls.
     pub relative_error: f64,
+    /// The same of the call where it was largest.
+    pub worst_call: f64,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -55,16 +57,18 @@ pub fn verify(
     feed: Feed,
 ) -> Result<Verification, RuntimeError> {
     let mut numbers = Numbers(feed.seed);
-    let mut errors: BTreeMap<(&'static str, String), f64> = BTreeMap::new();
+    let mut errors: BTreeMap<(&'static str, String), (Error, f64)> = BTreeMap::new();
     let mut compare = |stage, engine: &mut dyn Executor, reference: &mut dyn Executor, used: &[usize]| {
         let (found, wanted) = (engine.outputs()?, reference.outputs()?);
         for (name, wanted) in &wanted {
             let missing = || RuntimeError::Inconsistent { what: format!("output `{name}`") };
-            let error = relative_error(found.get(name).ok_or_else(missing)?, wanted, used).ok_or_else(missing)?;
-            let worst = errors.entry((stage, name.clone())).or_default();
+            let error = Error::of(found.get(name).ok_or_else(missing)?, wanted, used).ok_or_else(missing)?;
+            let (all, worst) = errors.entry((stage, name.clone())).or_default();
+            all.difference += error.difference;
+            all.size += error.size;
             // NaN is worse than any number.
-            if error.is_nan() || error > *worst {
-                *worst = error;
+            if error.relative().is_nan() || error.relative() > *worst {
+                *worst = error.relative();
             }
         }
         Ok::<_, RuntimeError>(())
@@ -105,7 +109,12 @@ pub fn verify(
         choices += wanted.len();
         equal_choices += equal(&found, &wanted);
     }
-    let comparison = |((stage, result), relative_error)| Comparison { stage, result, relative_error };
+    let comparison = |((stage, result), (all, worst_call)): ((_, _), (Error, f64))| Comparison {
+        stage,
+        result,
+        relative_error: all.relative(),
+        worst_call,
+    };
     Ok(Verification { comparisons: errors.into_iter().map(comparison).collect(), choices, equal_choices })
 }
 
@@ -120,27 +129,40 @@ fn equal(found: &[u32], wanted: &[u32]) -> usize {
     std::iter::zip(found, wanted).filter(|(found, wanted)| found == wanted).count()
 }
 
-/// Over the tokens that count: `used` of each request, where the result has a row for each token.
-fn relative_error(found: &Output, wanted: &Output, used: &[usize]) -> Option<f64> {
-    if found.shape != wanted.shape || found.values.len() != wanted.values.len() {
-        return None;
+/// Squared norms of a difference and of what was wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Error {
+    difference: f64,
+    size: f64,
+}
+
+impl Error {
+    fn relative(self) -> f64 {
+        (self.difference / self.size.max(f64::MIN_POSITIVE)).sqrt()
     }
-    let longest = used.iter().copied().max().unwrap_or(0);
-    let by_token = matches!(&wanted.shape[..], [batch, tokens, ..] if *batch == used.len() && *tokens == longest);
-    let rows = if by_token { used.len() * longest } else { 1 };
-    let width = (wanted.values.len() / rows.max(1)).max(1);
-    let (mut difference, mut size) = (0.0f64, 0.0f64);
-    let pairs = std::iter::zip(found.values.chunks(width), wanted.values.chunks(width));
-    for (row, (found, wanted)) in pairs.enumerate() {
-        if by_token && used.get(row / longest).is_some_and(|&used| row % longest >= used) {
-            continue;
+
+    /// Over the tokens that count: `used` of each request, where the result has a row for each token.
+    fn of(found: &Output, wanted: &Output, used: &[usize]) -> Option<Error> {
+        if found.shape != wanted.shape || found.values.len() != wanted.values.len() {
+            return None;
         }
-        for (found, wanted) in std::iter::zip(found, wanted) {
-            difference += f64::from(found - wanted).powi(2);
-            size += f64::from(*wanted).powi(2);
+        let longest = used.iter().copied().max().unwrap_or(0);
+        let by_token = matches!(&wanted.shape[..], [batch, tokens, ..] if *batch == used.len() && *tokens == longest);
+        let rows = if by_token { used.len() * longest } else { 1 };
+        let width = (wanted.values.len() / rows.max(1)).max(1);
+        let mut error = Error::default();
+        let pairs = std::iter::zip(found.values.chunks(width), wanted.values.chunks(width));
+        for (row, (found, wanted)) in pairs.enumerate() {
+            if by_token && used.get(row / longest).is_some_and(|&used| row % longest >= used) {
+                continue;
+            }
+            for (found, wanted) in std::iter::zip(found, wanted) {
+                error.difference += f64::from(found - wanted).powi(2);
+                error.size += f64::from(*wanted).powi(2);
+            }
         }
+        Some(error)
     }
-    Some((difference / size.max(f64::MIN_POSITIVE)).sqrt())
 }
 
 /// SplitMix64 (Steele, Lea and Flood 2014).
@@ -172,11 +194,12 @@ mod tests {
     fn errors_are_relative_and_skip_what_pads() {
         let output = |values: &[f32]| Output { shape: vec![2, 2, 1], values: values.to_vec() };
         let wanted = output(&[3.0, 4.0, 0.0, 9.0]);
-        assert_eq!(relative_error(&output(&[3.0, 4.0, 0.0, 9.0]), &wanted, &[2, 1]), Some(0.0));
+        let relative = |found: &[f32]| Error::of(&output(found), &wanted, &[2, 1]).unwrap().relative();
+        assert_eq!(relative(&[3.0, 4.0, 0.0, 9.0]), 0.0);
         // The last row pads the second request.
-        assert_eq!(relative_error(&output(&[3.0, 4.5, 0.0, -7.0]), &wanted, &[2, 1]), Some(0.1));
-        assert!(relative_error(&output(&[f32::NAN, 4.0, 0.0, 9.0]), &wanted, &[2, 1]).unwrap().is_nan());
-        assert_eq!(relative_error(&Output { shape: vec![4], values: vec![0.0; 4] }, &wanted, &[2, 1]), None);
+        assert_eq!(relative(&[3.0, 4.5, 0.0, -7.0]), 0.1);
+        assert!(relative(&[f32::NAN, 4.0, 0.0, 9.0]).is_nan());
+        assert_eq!(Error::of(&Output { shape: vec![4], values: vec![0.0; 4] }, &wanted, &[2, 1]), None);
     }
 
     #[test]

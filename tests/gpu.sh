@@ -12,7 +12,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${TRTVLM_TENSORRT:?names the folder of libnvinfer.so.10}"
-export LD_LIBRARY_PATH="$TRTVLM_TENSORRT:/usr/local/cuda/lib64:${LD_LIBRARY_PATH:-}"
+# For cuBLASLt, whose product is the arithmetic limit that `bench` states.
+export LD_LIBRARY_PATH="/usr/local/cuda/lib64:${LD_LIBRARY_PATH:-}"
 WORK=${WORK:-/tmp/trtvlm-gpu}
 if [ -z "${TRTVLM:-}" ]; then
   cargo build --release --locked || exit 3

@@ -32,6 +32,9 @@ fn attention_compiles_for_every_gpu_type_and_head() {
                     AttentionShape { dtype, heads: 4, kv_heads: 2, head_dim, scale: 0.125, rotary, causal: rotary };
                 let plugin = AttentionPlugin::new(shape, &compiler).unwrap();
                 assert_carries(&plugin.state(), &AttentionPlugin::KERNELS);
+                if dtype != DType::Float32 && [64, 80, 128].contains(&head_dim) {
+                    assert_carries(&plugin.state(), &[AttentionPlugin::TILES]);
+                }
             }
         }
     }

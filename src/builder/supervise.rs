@@ -86,7 +86,13 @@ impl Supervisor<'_> {
         let fail = |source| BuildFailure::Spec { path: work.into(), source };
         let inner = furnish(spec, work).map_err(fail)?;
         let mut command = Command::new(self.program);
-        if spec.local.is_none() {
+        if spec.local.is_some() {
+            // TensorRT 10's builder looks for the library of its kernels, which lies beside it, by its bare name.
+            let beside = spec.library.parent().into_iter().map(Path::to_path_buf);
+            let others = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+            let all = std::env::join_paths(beside.chain(std::env::split_paths(&others)));
+            command.env("LD_LIBRARY_PATH", all.unwrap_or(others));
+        } else {
             // Per-thread lists of free blocks make addresses, and with them plans, depend on how threads take turns.
             command.env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
         }

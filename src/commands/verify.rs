@@ -39,9 +39,12 @@ pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
         let row = |one: &&crate::verify::Comparison| {
             let verdict = if passed(one.relative_error) { "ok" } else { "TOO LARGE" };
             let error = format!("{:.2e}", one.relative_error);
-            vec![one.stage.to_owned(), one.result.clone(), error, verdict.to_owned()]
+            vec![one.stage.to_owned(), one.result.clone(), error, format!("{:.2e}", one.worst_call), verdict.to_owned()]
         };
-        printer.data(&table(&["stage", "result", "relative error", ""], &shown.iter().map(row).collect::<Vec<_>>()));
+        printer.data(&table(
+            &["stage", "result", "relative error", "of the worst call", ""],
+            &shown.iter().map(row).collect::<Vec<_>>(),
+        ));
         printer.data(&format!(
             "bound {limit:.0e}; {} of {} greedy choices equal ({} requests, {} prompt tokens, {} steps)",
             found.equal_choices, found.choices, feed.batch, feed.input_len, feed.steps
@@ -52,7 +55,8 @@ pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
         Some(one) => Err(Failure::new(
             Exit::Gate,
             format!("{} `{}`: relative error {:.2e}, bound {limit:.0e}", one.stage, one.result, one.relative_error),
-        )),
+        )
+        .told()),
         None => Ok(()),
     }
 }

@@ -27,7 +27,8 @@ impl<'n> Lowering<'_, 'n, '_> {
         rank: usize,
     ) -> Result<trt::Tensor<'n>, LowerError> {
         // TensorRT 10 dequantizes blocks of a matrix only: it gets one, and the rest of its rank afterwards.
-        let inner = if self.capabilities.blocks_of_any_rank { rank } else { 2 };
+        let blocks = matches!(format, Format::Int4 { .. });
+        let inner = if blocks && !self.capabilities.blocks_of_any_rank { 2 } else { rank };
         let values = self.weight(weight, inner)?;
         let key = format!("{}.scale", weight.key());
         let scale = self.constants.get(&key)?;

@@ -12,13 +12,15 @@ use serde::{Deserialize, Serialize};
 use std::ffi::{CStr, c_void};
 use tensorrt_sys::{DataType, Plugin, PluginCall, PluginOutput, PluginTensor, Signature};
 
-const SOURCE: &str = include_str!("attention.cu");
+const SOURCE: &str = concat!(include_str!("attention.cu"), include_str!("attention_tiles.cu"));
 
-/// As in the source: cache rows of one block, warps of a block, queries of a block and keys of a step of the other kernel.
+/// As in the source: cache rows of one block, warps of a block, queries of a block and keys of a step of the
+/// plain kernel, queries of a block of the one on tensor cores.
 const CHUNK: usize = 64;
 const WARPS: usize = 4;
 const QUERIES: usize = 16;
 const KEYS: usize = 32;
+const TILE_QUERIES: usize = 64;
 
 /// Up to as many tokens a request the keys are split over blocks: there are too few queries to fill a GPU.
 const FEW_TOKENS: usize = 4;
@@ -39,6 +41,11 @@ pub struct AttentionShape {
 }
 
 impl AttentionShape {
+    /// Whether the kernel on tensor cores takes it, as the source decides.
+    fn tiled(&self) -> bool {
+        self.dtype != DType::Float32 && self.head_dim.is_multiple_of(16) && self.head_dim <= 128
+    }
+
     fn options(&self) -> Vec<String> {
         let kind = match self.dtype {
             DType::Float16 => 1,
@@ -65,6 +72,8 @@ pub struct AttentionPlugin {
 impl AttentionPlugin {
     pub const NAME: &'static CStr = c"TrtvlmAttention";
     pub const KERNELS: [&'static str; 4] = ["append", "attend_part", "attend_join", "attend_all"];
+    /// Only where [`AttentionShape`] suits tensor cores.
+    pub const TILES: &'static str = "attend_tiles";
 
     /// # Errors
     /// The compiler's log.
@@ -158,6 +167,14 @@ impl Plugin for AttentionPlugin {
                 head_dim.next_multiple_of(32).min(256),
                 0,
                 [workspace, mix, past, sequence, token_count, row_count, split_count]
+            )
+        } else if self.shape.tiled() {
+            launch!(
+                AttentionPlugin::TILES,
+                [tokens.div_ceil(TILE_QUERIES), heads, batch],
+                WARPS * 32,
+                0,
+                [query, keys, values, positions, past, sequence, table, mix, token_count, row_count]
             )
         } else {
             let width = head_dim.next_multiple_of(4);

@@ -113,19 +113,6 @@ impl Library {
         if object.is_null() { Err(self.refused()) } else { Ok(object) }
     }
 
-    /// The builder looks for a library that lies beside its own by its bare name, and so finds it only if the system
-    /// looks there too or it is loaded already.
-    fn load_builder_resources(&self) {
-        let beside = self.path.parent().and_then(|folder| std::fs::read_dir(folder).ok());
-        for entry in beside.into_iter().flatten().flatten() {
-            if entry.file_name().to_string_lossy().starts_with("libnvinfer_builder_resource.so") {
-                // SAFETY: the library holds kernels and has no initializers of note. The builder itself says what is
-                // missing if it cannot be loaded.
-                let _ = unsafe { libloading::Library::new(entry.path()) }.map(std::mem::forget);
-            }
-        }
-    }
-
     pub(crate) fn runtime(&'static self) -> Result<Object> {
         self.create("createInferRuntime_INTERNAL")
     }
@@ -142,7 +129,6 @@ impl Library {
 
     /// A builder object, after making sure that asking for one is safe and the library is what it says.
     pub(crate) fn builder(&'static self) -> Result<Object> {
-        self.load_builder_resources();
         let object = self.create("createInferBuilder_INTERNAL")?;
         self.check_tables(object).inspect_err(|_| delete(object))?;
         Ok(object)

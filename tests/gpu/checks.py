@@ -46,11 +46,12 @@ def compared(model, directory, *build_flags, verify_flags=(), all_equal=False):
     """Builds and compares; gives the worst error of each stage."""
     built = build(model, directory, *build_flags)
     found = verify(directory, *verify_flags)
-    stages = {}
+    stages, worst = {}, 0
     for one in found["comparisons"]:
         name = one["stage"] + (" layers" if one["result"].startswith("mark/") else "")
         stages[name] = max(stages.get(name, 0), one["relative_error"] or float("nan"))
-    record = {"errors": stages, "bound": found["bound"], "equal": found["equal_choices"], "choices": found["choices"],
+        worst = max(worst, one["worst_call"])
+    record = {"errors": stages, "worst_call": worst, "bound": found["bound"], "equal": found["equal_choices"], "choices": found["choices"],
               "build_seconds": {engine["network"]: round(engine["seconds"], 1) for engine in built["engines"]}}
     need(found["passed"], f"beyond the bound: {json.dumps(record)}")
     need(not all_equal or found["equal_choices"] == found["choices"], f"other tokens: {json.dumps(record)}")
@@ -74,37 +75,39 @@ def small_checks(work):
     smol = os.environ.get("TRTVLM_SMOLLM2")
     trained = os.environ.get("TRTVLM_TRAINED_LLAVA")
     batch = ("--max-batch-size", "2")
+    # Tiny engines need no search for the fastest kernels.
+    quick = ("--optimization-level", "1")
     checks = {}
 
     def fixture(dtype, *flags, layers=False):
-        directory = work / "-".join(["fixture", dtype, *flags]).replace("--", "")
+        directory = work / "-".join(["fixture", dtype, *flags[1::2]])
         mark = ("--mark", "**.mlp.down_proj", "**.mlp.fc2", "**.o_proj") if layers else ()
-        return lambda: compared(FIXTURE, directory, "--dtype", dtype, *batch, *flags, *mark, all_equal=dtype == "float32",
+        return lambda: compared(FIXTURE, directory, "--dtype", dtype, *batch, *quick, *flags, *mark, all_equal=dtype == "float32",
                                 verify_flags=("--layers",) if layers else ())
 
     for dtype in ("float32", "float16", "bfloat16"):
-        checks[f"llava-hf {dtype}"] = fixture(dtype)
-    checks["llava-hf float32, layer by layer"] = fixture("float32", "--max-output-len", "40", layers=True)
+        checks[f"llava-hf {dtype}, layer by layer"] = fixture(dtype, layers=True)
+    checks["llava-hf float32 int8, vision too"] = fixture("float32", "--quant", "int8", "--vision-quant", "int8")
     for quant in ("int8", "int4-g16"):
-        for dtype in ("float32", "float16"):
-            checks[f"llava-hf {dtype} {quant}, vision too"] = fixture(dtype, "--quant", quant, "--vision-quant", quant)
+        checks[f"llava-hf float16 {quant}, vision too"] = fixture("float16", "--quant", quant, "--vision-quant", quant)
     if smol:
         sizes = ("--max-input-len", "64", "--max-output-len", "40")
         for dtype, quant in (("float32", "none"), ("float16", "none"), ("bfloat16", "none"), ("float16", "int8"),
-                             ("float16", "int4-g64"), ("float32", "int4-g64")):
+                             ("float16", "int4-g64")):
             directory = work / f"smollm2-{dtype}-{quant}"
             checks[f"SmolLM2-135M {dtype} {quant}"] = lambda directory=directory, dtype=dtype, quant=quant: compared(
                 smol, directory, "--dtype", dtype, "--quant", quant, *batch, *sizes, all_equal=dtype == "float32")
+    every = ("float32", "float16", "bfloat16")
     shapes = {
-        "4 heads of 6": dict(hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=4, head_dim=6),
-        "6 heads of 64 on 2": dict(hidden_size=384, intermediate_size=512, num_attention_heads=6, num_key_value_heads=2),
-        "4 heads of 80 on 1": dict(hidden_size=320, intermediate_size=512, num_attention_heads=4, num_key_value_heads=1),
-        "4 heads of 128": dict(hidden_size=512, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4),
-        "2 heads of 256": dict(hidden_size=512, intermediate_size=512, num_attention_heads=2, num_key_value_heads=2),
+        "4 heads of 6": (every[:1], dict(hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=4, head_dim=6)),
+        "6 heads of 64 on 2": (every, dict(hidden_size=384, intermediate_size=512, num_attention_heads=6, num_key_value_heads=2)),
+        "4 heads of 80 on 1": (every[1:2], dict(hidden_size=320, intermediate_size=512, num_attention_heads=4, num_key_value_heads=1)),
+        "4 heads of 128": (every[:2], dict(hidden_size=512, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4)),
+        "2 heads of 256": (every[:1], dict(hidden_size=512, intermediate_size=512, num_attention_heads=2, num_key_value_heads=2)),
     }
-    long = ("--max-batch-size", "3", "--max-input-len", "200", "--max-output-len", "60")
-    for name, config in shapes.items():
-        for dtype in ("float32", "float16", "bfloat16") if name in ("6 heads of 64 on 2", "4 heads of 128") else ("float32", "float16"):
+    long = ("--max-batch-size", "3", "--max-input-len", "200", "--max-output-len", "60", *quick)
+    for name, (types, config) in shapes.items():
+        for dtype in types:
             def check(name=name, config=config, dtype=dtype):
                 model = shape(work, f"{name}-{dtype}".replace(" ", "_"), **config)
                 return compared(model, work / f"engine-{name}-{dtype}".replace(" ", "_"), "--dtype", dtype, *long,
@@ -120,7 +123,7 @@ def same_answer(work, smol, trained):
     record = {}
     if smol:
         directory = work / "answer-smollm2"
-        build(smol, directory, "--dtype", "float16", "--max-input-len", "64", "--max-output-len", "40")
+        build(smol, directory, "--dtype", "float16", "--optimization-level", "1", "--max-input-len", "64", "--max-output-len", "40")
         said = [run("run", directory, "--target", target, "--prompt", "The capital of France is", "--max-new-tokens", "8",
                     "--json") for target in ("tensorrt", "reference")]
         texts = [json.loads(one.stdout)["outputs"][0]["text"] if one.stdout else last_lines(one.stderr) for one in said]
@@ -128,7 +131,7 @@ def same_answer(work, smol, trained):
         record["SmolLM2"] = texts[0]
     if trained:
         directory = work / "answer-llava"
-        build(trained, directory, "--dtype", "float16", "--max-batch-size", "2")
+        build(trained, directory, "--dtype", "float16", "--optimization-level", "1")
         task = json.loads((pathlib.Path(trained) / "task.json").read_text())
         picture = os.environ["TRTVLM_PICTURE"]
         said = [run("run", directory, "--target", target, "--image", picture, "--prompt", task["prompt"], "--json")
@@ -142,7 +145,7 @@ def same_answer(work, smol, trained):
 def killed(work):
     """SIGKILL of the whole tree while TensorRT works."""
     directory = work / "killed"
-    build(FIXTURE, directory, "--dtype", "float16")
+    build(FIXTURE, directory, "--dtype", "float16", "--optimization-level", "1")
     before = (directory / "manifest.json").read_bytes()
     child = subprocess.Popen([PROGRAM, "build", FIXTURE, "-o", directory, "--dtype", "float32", "--target", "tensorrt,reference"],
                              stderr=subprocess.DEVNULL, start_new_session=True)
@@ -156,7 +159,7 @@ def killed(work):
     inspected = run("inspect", directory)
     need(inspected.returncode == 0, f"inspect: {last_lines(inspected.stderr)}")
     need(verify(directory, "--steps", "4")["passed"], "the engines no longer verify")
-    build(FIXTURE, directory, "--dtype", "float32")
+    build(FIXTURE, directory, "--dtype", "float32", "--optimization-level", "1")
     need(verify(directory, "--steps", "4")["passed"], "a build afterwards does not verify")
     stale = [path.name for path in work.iterdir() if path.name.startswith(".killed")]
     return {"left behind after the next build": stale, "builders of other checks at that time": len(left)}
@@ -164,7 +167,7 @@ def killed(work):
 
 def refused(work):
     directory = work / "refused"
-    build(FIXTURE, directory, "--dtype", "float16")
+    build(FIXTURE, directory, "--dtype", "float16", "--optimization-level", "1")
     manifest = directory / "manifest.json"
     text = manifest.read_text()
     record = {}
@@ -251,11 +254,11 @@ def main():
             record = {"passed": True, "found": check()}
         except Exception as error:
             record = {"passed": False, "found": f"{type(error).__name__}: {error}"}
-        return {"check": name, **record, "seconds": round(time.monotonic() - start, 1)}
+        return {"check": name, **record, "commit": os.environ.get("TRTVLM_COMMIT", "unknown"), "seconds": round(time.monotonic() - start, 1)}
 
     wanted = {name: check for name, check in checks.items() if not only or re.search(only, name)}
     # Correctness does not mind company; times do.
-    with results.open("a") as out, concurrent.futures.ThreadPoolExecutor(1 if phase == "real" else 5) as pool:
+    with results.open("a") as out, concurrent.futures.ThreadPoolExecutor(1 if phase == "real" else 8) as pool:
         for done in concurrent.futures.as_completed([pool.submit(attempt, *item) for item in wanted.items()]):
             record = done.result()
             failures += not record["passed"]
