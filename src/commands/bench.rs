@@ -1,5 +1,5 @@
 //! `bench`: how fast the engines of a directory run, against what the GPU could do.
-use crate::cli::BenchArgs;
+use crate::cli::{BenchArgs, Target};
 use crate::cost::{Call, Cost, cost};
 use crate::engine_dir::EngineDirectory;
 use crate::failure::{Exit, Failure};
@@ -31,6 +31,7 @@ struct Row {
 
 pub fn run(args: &BenchArgs, printer: &Printer) -> Result<(), Failure> {
     let directory = EngineDirectory::open(&args.directory)?;
+    super::run::check_target(&directory, Target::Tensorrt)?;
     let mut engine = Tensorrt::open(&directory)?;
     let limits = limits(engine.device()).map_err(RuntimeError::from)?;
     let sizes = engine.config().build_config;

@@ -73,17 +73,23 @@ pub(super) fn executor(directory: &EngineDirectory, target: Option<Target>) -> R
         let message = "engines of TensorRT-RTX cannot be run yet";
         return Err(Failure::new(Exit::Refused, message).hint(Some("use --target reference".into())));
     }
-    if !has(target) {
-        let found: Vec<&str> = targets.keys().map(String::as_str).collect();
-        let (path, wanted) = (directory.path.display(), target.name());
-        let message = format!("`{path}` was not built for target `{wanted}`, only for {}", found.join(", "));
-        let hint = format!("build with --target {wanted}");
-        return Err(Failure::new(Exit::Refused, message).hint(Some(hint)));
-    }
+    check_target(directory, target)?;
     Ok(match target {
         Target::Tensorrt => Box::new(Tensorrt::open(directory)?),
         _ => Box::new(Reference::open(directory)?),
     })
+}
+
+/// Refuses a directory that was not built for a target.
+pub(super) fn check_target(directory: &EngineDirectory, target: Target) -> Result<(), Failure> {
+    let (targets, wanted) = (&directory.manifest.targets, target.name());
+    if targets.contains_key(wanted) {
+        return Ok(());
+    }
+    let found: Vec<&str> = targets.keys().map(String::as_str).collect();
+    let path = directory.path.display();
+    let message = format!("`{path}` was not built for target `{wanted}`, only for {}", found.join(", "));
+    Err(Failure::new(Exit::Refused, message).hint(Some(format!("build with --target {wanted}"))))
 }
 
 /// Which pictures belong to which prompt: by the placeholders that the prompts hold, else all to a single prompt, one to

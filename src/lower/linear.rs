@@ -1,7 +1,7 @@
 //! Matrix products, plain and quantized: the one place where a weight format meets TensorRT.
 use super::layers::padded;
 use super::{LowerError, Lowering, data_type};
-use graphs::{Format, Node, Weight};
+use graphs::{Format, Node, Op, Weight};
 use tensorrt_sys as trt;
 use trt::MatrixOperation;
 
@@ -11,12 +11,35 @@ impl<'n> Lowering<'_, 'n, '_> {
         let (matrix, operation) = match weight.format() {
             // As in the checkpoint, [out, in].
             None => (self.weight(weight, rank)?, MatrixOperation::Transpose),
+            // Stored [in, out], here already as numbers.
+            Some(Format::Int8) if !self.capabilities.int8_keeps_bias && self.has_bias(node) => {
+                (self.numbers(weight, rank)?, MatrixOperation::None)
+            }
             // Stored [in, out]; the builder fuses the dequantization into the product.
             Some(format) => (self.dequantized(node, weight, format, rank)?, MatrixOperation::None),
         };
         self.target
             .matrix_multiply(&node.path, (x, MatrixOperation::None), (matrix, operation))
             .map_err(Self::refused(node))
+    }
+
+    fn has_bias(&self, node: &Node) -> bool {
+        let path = &node.path;
+        let follows = |other: &Node| other.inputs.iter().any(|id| self.network.nodes[id.0].path == *path);
+        self.network.nodes.iter().any(|other| matches!(other.op, Op::BiasAdd { .. }) && follows(other))
+    }
+
+    /// An INT8 matrix multiplied out before TensorRT sees it.
+    fn numbers(&self, weight: &Weight, rank: usize) -> Result<trt::Tensor<'n>, LowerError> {
+        let (key, dtype) = (weight.key(), self.network.dtype);
+        let (values, scale) = (self.constants.get(&key)?, self.constants.get(&format!("{key}.scale"))?);
+        let scales = quant::to_f32(scale.dtype, scale.bytes);
+        let mut numbers = quant::to_f32(values.dtype, values.bytes);
+        for row in numbers.chunks_exact_mut(scales.len().max(1)) {
+            std::iter::zip(row, &scales).for_each(|(value, scale)| *value *= scale);
+        }
+        let (sizes, bytes) = (padded(values.shape, rank), self.constants.floats(dtype, &numbers));
+        Ok(self.target.constant(&key, data_type(dtype), &sizes, bytes)?)
     }
 
     fn dequantized(

@@ -5,8 +5,8 @@ mod loaded;
 use super::{Executor, Output, RuntimeError, check_prompts};
 use crate::assemble::engine_name;
 use crate::backend::{self, Kind};
-use crate::device::{Buffer, Device};
-use crate::engine_dir::{EngineConfig, EngineDirectory};
+use crate::device::{Buffer, Device, Gpu};
+use crate::engine_dir::{EngineConfig, EngineDirectory, Manifest};
 use crate::lower::{NEXT_LENGTHS, NEXT_TOKENS};
 use crate::plugins;
 use cudarc::driver::CudaGraph;
@@ -59,7 +59,7 @@ impl Tensorrt {
     pub fn open(directory: &EngineDirectory) -> Result<Tensorrt, RuntimeError> {
         let library = trt::Library::open(&backend::find(Kind::Tensorrt)?)?;
         let device = Device::open()?;
-        check_target(directory, library, &device)?;
+        check_target(&directory.manifest, &library.name(), &device.gpu()?)?;
         plugins::register(library)?;
         let load = |network: &str| -> Result<Loaded, RuntimeError> {
             Loaded::open(&device, library, &directory.file(&engine_name(network))?)
@@ -188,14 +188,12 @@ fn advance(device: &Device, language: &mut Loaded, bytes: usize) -> Result<(), R
 }
 
 /// Refuses engines that this library or GPU cannot run, by what the manifest says of them.
-fn check_target(directory: &EngineDirectory, library: &trt::Library, device: &Device) -> Result<(), RuntimeError> {
-    let entry = directory.manifest.targets.get("tensorrt").cloned().unwrap_or_default();
-    let gpu = device.gpu()?;
-    let here = format!("sm{}", gpu.capability);
-    let command = directory.manifest.command.clone();
+fn check_target(manifest: &Manifest, library: &str, gpu: &Gpu) -> Result<(), RuntimeError> {
+    let entry = manifest.targets.get("tensorrt").cloned().unwrap_or_default();
+    let (here, command) = (format!("sm{}", gpu.capability), manifest.command.clone());
     match entry.library {
-        Some(built) if built != library.name() => {
-            return Err(RuntimeError::OtherVersion { built, here: library.name(), command });
+        Some(built) if built != library => {
+            return Err(RuntimeError::OtherVersion { built, here: library.to_owned(), command });
         }
         _ => {}
     }
@@ -254,5 +252,34 @@ impl Executor for Tensorrt {
             Ok((name, Output { shape, values }))
         };
         engine.results().into_iter().map(output).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn other_versions_and_gpus_are_refused_with_the_command() {
+        let manifest: Manifest = serde_json::from_value(json!({
+            "schema": 1, "version": "0", "model": "m", "model_type": "llama", "dtype": "float16", "quantization": {},
+            "tp": 1, "networks": [], "files": {}, "command": "trtvlm build m -o DIR", "built_at": "",
+            "targets": { "tensorrt": {
+                "library": "TensorRT 10.6.0.26", "gpus": ["sm90"], "built_on": "NVIDIA H100 80GB HBM3",
+            } },
+        }))
+        .unwrap();
+        let gpu = |name: &str, capability| Gpu { name: name.into(), capability };
+        let check = |library: &str, gpu: &Gpu| check_target(&manifest, library, gpu);
+        // The H200 is of the same kind.
+        assert!(check("TensorRT 10.6.0.26", &gpu("NVIDIA H200", 90)).is_ok());
+        let error = check("TensorRT 10.7.0.23", &gpu("NVIDIA H100 80GB HBM3", 90)).unwrap_err();
+        let wanted = "the engines were built by TensorRT 10.6.0.26; the library here is TensorRT 10.7.0.23";
+        assert_eq!(error.to_string(), wanted);
+        assert_eq!(error.hint().unwrap(), "build them again here: `trtvlm build m -o DIR`");
+        let error = check("TensorRT 10.6.0.26", &gpu("NVIDIA A100", 80)).unwrap_err();
+        let wanted = "the engines were built for sm90 (NVIDIA H100 80GB HBM3); the GPU here is sm80 (NVIDIA A100)";
+        assert_eq!(error.to_string(), wanted);
     }
 }
