@@ -218,6 +218,9 @@ pub struct InspectArgs {
     /// List every tensor
     #[arg(long)]
     pub tensors: bool,
+    /// Show what TensorRT made of each engine's layers, as JSON; needs the GPU that the engines are for
+    #[arg(long)]
+    pub layers: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,16 +1,19 @@
 //! `inspect`: what a path holds.
 use super::eval::unreadable;
 use crate::checkpoint::{Checkpoint, open_weights};
-use crate::cli::InspectArgs;
+use crate::cli::{InspectArgs, Target};
 use crate::engine_dir::{EngineDirectory, manifest};
 use crate::failure::{Exit, Failure};
 use crate::report::{Printer, bytes, table};
-use serde_json::json;
+use crate::runtime;
+use serde_json::{Value, json};
 use std::path::Path;
 
 pub fn run(args: &InspectArgs, printer: &Printer) -> Result<(), Failure> {
     let path = &args.path;
-    if path.join(manifest::NAME).is_file() {
+    if path.join(manifest::NAME).is_file() && args.layers {
+        layers(&EngineDirectory::open(path)?, printer)
+    } else if path.join(manifest::NAME).is_file() {
         directory(&EngineDirectory::open(path)?, printer)
     } else if path.is_dir() {
         checkpoint(path, args.tensors, printer)
@@ -54,6 +57,17 @@ fn directory(directory: &EngineDirectory, printer: &Printer) -> Result<(), Failu
         .map(|(name, file)| vec![name.clone(), bytes(file.bytes), file.sha256.chars().take(16).collect()])
         .collect();
     printer.data(&table(&["file (all as in the manifest)", "size", "SHA-256"], &rows));
+    Ok(())
+}
+
+/// One object, from each network to TensorRT's description of its engine.
+fn layers(directory: &EngineDirectory, printer: &Printer) -> Result<(), Failure> {
+    super::run::check_target(directory, Target::Tensorrt)?;
+    let described: serde_json::Map<String, Value> = runtime::layers(directory)?
+        .into_iter()
+        .map(|(network, text)| (network, serde_json::from_str(&text).unwrap_or(Value::String(text))))
+        .collect();
+    printer.json(&json!({ "schema": 1, "kind": "engine_layers", "networks": described }));
     Ok(())
 }
 

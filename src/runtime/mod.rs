@@ -5,7 +5,7 @@ mod tensorrt;
 
 pub use reference::{NETWORK, Reference, WEIGHTS};
 pub use session::{Answer, AnswerOptions, Ask, Session, Timings};
-pub use tensorrt::{Tensorrt, Work};
+pub use tensorrt::{Tensorrt, Work, layers};
 
 use crate::engine_dir::{EngineConfig, Sizes};
 use crate::processor::ProcessorError;

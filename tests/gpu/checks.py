@@ -115,6 +115,7 @@ def small_checks(work):
             checks[f"{name}, {dtype}, 3 prompts of 197, 196 and 195 tokens"] = check
     checks["a run says what the reference says"] = lambda: same_answer(work, smol, trained)
     checks["killed in the middle, the directory before is whole"] = lambda: killed(work)
+    checks["inspect shows the layers"] = lambda: inspected(work)
     checks["another version or GPU is refused"] = lambda: refused(work)
     return checks
 
@@ -163,6 +164,16 @@ def killed(work):
     need(verify(directory, "--steps", "4")["passed"], "a build afterwards does not verify")
     stale = [path.name for path in work.iterdir() if path.name.startswith(".killed")]
     return {"left behind after the next build": stale, "builders of other checks at that time": len(left)}
+
+
+def inspected(work):
+    directory = work / "inspected"
+    build(FIXTURE, directory, "--dtype", "float16", "--optimization-level", "1", target="tensorrt")
+    done = run("inspect", directory, "--layers")
+    need(done.returncode == 0, last_lines(done.stderr))
+    counts = {name: len(found["Layers"]) for name, found in json.loads(done.stdout)["networks"].items()}
+    need(counts.keys() == {"vision", "language"} and min(counts.values()) > 1, f"{counts}")
+    return counts
 
 
 def refused(work):

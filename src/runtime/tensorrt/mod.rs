@@ -57,10 +57,7 @@ impl Tensorrt {
     /// # Errors
     /// Engines of another version or for another GPU, before anything is loaded; files that are missing or changed.
     pub fn open(directory: &EngineDirectory) -> Result<Tensorrt, RuntimeError> {
-        let library = trt::Library::open(&backend::find(Kind::Tensorrt)?)?;
-        let device = Device::open()?;
-        check_target(&directory.manifest, &library.name(), &device.gpu()?)?;
-        plugins::register(library)?;
+        let (library, device) = ready(directory)?;
         let load = |network: &str| -> Result<Loaded, RuntimeError> {
             Loaded::open(&device, library, &directory.file(&engine_name(network))?)
         };
@@ -172,6 +169,28 @@ impl Tensorrt {
         self.last = Last::Language(PREFILL);
         advance(&self.device, &mut self.language, batch * INT)
     }
+}
+
+/// The library and the GPU for a directory's engines, once it is known that they fit.
+fn ready(directory: &EngineDirectory) -> Result<(&'static trt::Library, Device), RuntimeError> {
+    let library = trt::Library::open(&backend::find(Kind::Tensorrt)?)?;
+    let device = Device::open()?;
+    check_target(&directory.manifest, &library.name(), &device.gpu()?)?;
+    plugins::register(library)?;
+    Ok((library, device))
+}
+
+/// TensorRT's own description, JSON, of the layers of each of a directory's engines.
+///
+/// # Errors
+/// As [`Tensorrt::open`].
+pub fn layers(directory: &EngineDirectory) -> Result<Vec<(String, String)>, RuntimeError> {
+    let (library, _device) = ready(directory)?;
+    let describe = |network: &String| {
+        let plan = trt::MappedFile::open(&directory.file(&engine_name(network))?)?;
+        Ok((network.clone(), trt::Engine::load(library, plan.bytes())?.describe()?))
+    };
+    directory.manifest.networks.iter().map(describe).collect()
 }
 
 /// One decode step, put on the stream.
