@@ -174,7 +174,8 @@ fn an_answer_ends_where_it_must() {
         (&["--prompt", ""][..], "prompt"),
         (&["--prompt", "<image> <image>", "--image", "nowhere.png"][..], "cannot read `nowhere.png`"),
         (&["--prompt", "a", "--chat"][..], "the checkpoint has no chat template"),
-        (&["--prompt", "a", "--target", "rtx"][..], "target `rtx` cannot be run yet"),
+        (&["--prompt", "a", "--target", "rtx"][..], "engines of TensorRT-RTX cannot be run yet"),
+        (&["--prompt", "a", "--target", "tensorrt"][..], "was not built for target `tensorrt`, only for reference"),
     ] {
         let (code, text) = refuse(&[&["run", directory], arguments].concat());
         assert!(code == 1 && text.contains(wanted), "{arguments:?}: {code} {text}");
