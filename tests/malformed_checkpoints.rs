@@ -254,7 +254,7 @@ fn ids_that_are_not_there_say_where_was_looked() {
         assert_eq!(message(model, &options), format!("`{model}` {wanted}"));
     }
     let file = fixture("llava-hf").join("model.safetensors");
-    let wanted = "is not a folder; give the folder that holds config.json and the safetensors files";
+    let wanted = "is not a folder; give the folder that holds config.json and the weights";
     assert_eq!(message(file.to_str().unwrap(), &options), format!("`{}` {wanted}", file.display()));
     assert_eq!(message("org/name", &Options::default()), "no folder is known for the cache of the hub; set HF_HOME");
 }

@@ -3,6 +3,7 @@ use super::Options;
 use super::cache::HubId;
 use super::containment::not_plain;
 use super::hub::{Download, HubError};
+use super::weights::is_bin;
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use std::path::{Path, PathBuf};
@@ -72,11 +73,16 @@ impl hf_hub::api::Progress for Report<'_> {
     fn finish(&mut self) {}
 }
 
-/// The files worth fetching, weights last: texts of the top folder and of the folders below it, and the safetensors of one layout.
+/// The files worth fetching, weights last: texts of the top folder and of the folders below it, and the weights of one
+/// layout: safetensors, or PyTorch files where there are none.
 fn wanted<'n>(files: &[&'n str]) -> Vec<&'n str> {
     let plain = |name: &str| name.split('/').all(|part| not_plain(part).is_none());
-    let is_weights = |name: &str| name.ends_with(".safetensors");
-    let is_usual = |name: &str| name == "model.safetensors" || name.starts_with("model-");
+    let has_safetensors = files.iter().any(|name| name.ends_with(".safetensors"));
+    let is_weights = |path: &str| match has_safetensors {
+        true => path.ends_with(".safetensors"),
+        false => is_bin(path.rsplit('/').next().unwrap_or(path)),
+    };
+    let is_usual = |name: &str| name == "model.safetensors" || name.starts_with("model-") || is_bin(name);
     let top_has_weights = files.iter().any(|name| is_weights(name) && !name.contains('/'));
     let kept = |path: &str| {
         let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
@@ -91,6 +97,9 @@ fn wanted<'n>(files: &[&'n str]) -> Vec<&'n str> {
                 (!rest.contains('/') && is_weights(rest)).then(|| is_usual(rest))
             };
             return is_usual(name) || !files.iter().any(|name| beside(name) == Some(true));
+        }
+        if name == "pytorch_model.bin.index.json" && has_safetensors {
+            return false;
         }
         name == "tokenizer.model" || [".json", ".jinja", ".txt"].iter().any(|ending| name.ends_with(ending))
     };
@@ -155,6 +164,8 @@ mod tests {
         let expected =
             ["config.json", "model.safetensors.index.json", "tokenizer.model", "model-00001-of-00002.safetensors"];
         assert_eq!(wanted(&files), expected);
+        let old = ["pytorch_model-1.bin", "pytorch_model.bin.index.json", "training_args.bin", "mm_projector.bin"];
+        assert_eq!(wanted(&old), ["pytorch_model.bin.index.json", "mm_projector.bin", "pytorch_model-1.bin"]);
         let vila = ["llm/model.safetensors", "config.json", "vision_tower/other.safetensors", "llm/a/b.json"];
         assert_eq!(wanted(&vila), ["config.json", "llm/model.safetensors", "vision_tower/other.safetensors"]);
     }

@@ -1,3 +1,4 @@
+use super::bin_fault::BinFault;
 use super::fault::HeaderFault;
 use super::hub::HubError;
 use std::io;
@@ -29,12 +30,10 @@ pub enum CheckpointError {
     NotAnObject { path: PathBuf, found: &'static str },
     #[error("`{}` has {found} bytes, the limit for JSON is {wanted}", path.display())]
     JsonSize { path: PathBuf, found: u64, wanted: u64 },
-    #[error("`{}` holds no weights: found neither `model.safetensors` nor `model.safetensors.index.json`", folder.display())]
+    #[error("`{}` holds no weights: found neither `model.safetensors` nor `pytorch_model.bin` nor an index of either", folder.display())]
     NoWeights { folder: PathBuf },
-    #[error("`{}` holds {} safetensors files and no index: {}", folder.display(), names.len(), listed(names))]
-    ManyWeights { folder: PathBuf, names: Vec<String> },
-    #[error("the weights in `{}` are pickle files, which are not read yet: {}", folder.display(), listed(names))]
-    Pickle { folder: PathBuf, names: Vec<String> },
+    #[error("`{}` holds {} {kind} files and no index: {}", folder.display(), names.len(), listed(names))]
+    ManyWeights { folder: PathBuf, names: Vec<String>, kind: &'static str, index: &'static str },
     #[error("`{}`: {fault}", path.display())]
     Index { path: PathBuf, fault: String },
     #[error("`{}` names shards that are missing: {}", index.display(), listed(shards))]
@@ -45,6 +44,8 @@ pub enum CheckpointError {
     NotInIndex { file: PathBuf, tensor: String, placed: Option<String>, more: usize },
     #[error("`{}`: {fault}", file.display())]
     Header { file: PathBuf, fault: HeaderFault },
+    #[error("`{}`: {fault}", file.display())]
+    Bin { file: PathBuf, fault: BinFault },
     #[error("`{}` has no tensor `{tensor}`", folder.display())]
     NoTensor { folder: PathBuf, tensor: String, nearest: Option<String> },
     #[error("bytes {begin}..{end} of tensor `{tensor}` in `{}` were asked for, it has {found}", file.display())]
@@ -62,7 +63,7 @@ impl CheckpointError {
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             CheckpointError::NotFound { .. } => "give a folder, or a hub id as `org/name` or `org/name@revision`",
-            CheckpointError::NotAFolder { .. } => "give the folder that holds config.json and the safetensors files",
+            CheckpointError::NotAFolder { .. } => "give the folder that holds config.json and the weights",
             CheckpointError::DanglingLink { .. } | CheckpointError::MissingShards { .. } => {
                 "the download is incomplete: run it again"
             }
@@ -70,20 +71,20 @@ impl CheckpointError {
                 "put the file itself into the folder: links may lead only inside it, or inside its hub cache entry"
             }
             CheckpointError::MissingFile { path } if path.ends_with("config.json") => {
-                "give the folder that holds config.json and the safetensors files"
+                "give the folder that holds config.json and the weights"
             }
-            CheckpointError::ManyWeights { names, .. } if names.iter().any(|name| name.contains("-of-")) => {
-                "fetch `model.safetensors.index.json`, which says which tensor lies in which of them"
+            CheckpointError::ManyWeights { names, index, .. } if names.iter().any(|name| name.contains("-of-")) => {
+                return Some(format!("fetch `{index}`, which says which tensor lies in which of them"));
             }
-            CheckpointError::ManyWeights { .. } => "name the one to be read `model.safetensors`",
-            CheckpointError::Pickle { .. } => {
-                "convert them to safetensors: load the model with transformers and call `save_pretrained(folder)`"
+            CheckpointError::ManyWeights { index, .. } => {
+                return Some(format!("name the one to be read `{}`", index.trim_end_matches(".index.json")));
             }
             CheckpointError::NotInShard { .. } | CheckpointError::NotInIndex { .. } => {
                 "index and shards are of different versions: fetch all of them again"
             }
             CheckpointError::Changed { .. } => "build again, while nothing writes to the checkpoint",
             CheckpointError::Header { fault, .. } => return fault.hint(),
+            CheckpointError::Bin { fault, .. } => return fault.hint(),
             CheckpointError::NoTensor { nearest, .. } => {
                 return nearest.as_ref().map(|name| format!("did you mean `{name}`?"));
             }

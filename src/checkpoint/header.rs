@@ -237,7 +237,7 @@ impl State {
     }
 }
 
-fn bad_name(name: &str) -> Option<&'static str> {
+pub(crate) fn bad_name(name: &str) -> Option<&'static str> {
     if name.is_empty() {
         Some("which is empty")
     } else if name.len() > MAX_NAME {

@@ -75,10 +75,11 @@ pub(crate) fn snapshot(id: &HubId, options: &Options<'_>) -> Result<PathBuf, Hub
 
 /// Whether the weights are there, in any layout. Weights are fetched last, so the rest is then there too.
 fn is_complete(snapshot: &Path) -> bool {
-    if snapshot.join("model.safetensors").exists() {
+    if ["model.safetensors", "pytorch_model.bin"].iter().any(|name| snapshot.join(name).exists()) {
         return snapshot.join("config.json").exists();
     }
-    match std::fs::read(snapshot.join("model.safetensors.index.json")).map(|bytes| super::json::parse(&bytes)) {
+    let read = |kind: &str| std::fs::read(snapshot.join(format!("{kind}.index.json")));
+    match read("model.safetensors").or_else(|_| read("pytorch_model.bin")).map(|bytes| super::json::parse(&bytes)) {
         Ok(Ok(index)) => {
             let shards =
                 index.get("weight_map").and_then(|map| map.as_object()).into_iter().flat_map(|map| map.values());

@@ -1,5 +1,7 @@
 //! Checkpoints of Hugging Face: opened by their headers, tensors read by position when they are needed.
 //! Nothing in a checkpoint is run, and nothing outside its folder (or its entry of the hub's cache) is read.
+mod archive;
+mod bin_fault;
 mod cache;
 mod containment;
 #[cfg(feature = "hub")]
@@ -10,8 +12,12 @@ mod header;
 mod hub;
 mod json;
 mod nearest;
+mod pickle;
+mod state_dict;
+mod torch_bin;
 mod weights;
 
+pub use bin_fault::BinFault;
 pub use cache::HubSettings;
 pub use error::CheckpointError;
 pub use fault::HeaderFault;
@@ -59,7 +65,7 @@ impl Checkpoint {
         }
     }
 
-    /// Opens a folder with config.json and safetensors files; reads headers only.
+    /// Opens a folder with config.json and safetensors or PyTorch files; reads headers only.
     pub fn open_folder(path: &Path) -> Result<Checkpoint, CheckpointError> {
         let folder = Folder::open(path)?;
         let Some((config, config_file)) = read_json(&folder, "config.json")? else {
@@ -121,6 +127,20 @@ impl Checkpoint {
             warnings.extend(scripts.iter().map(|name| format!("`{name}` is never run")));
         }
         warnings
+    }
+
+    /// What is worth knowing and no reason to worry: weights that are there twice.
+    pub fn notes(&self) -> Vec<String> {
+        let is_bin = |path: &Path| path.extension().is_some_and(|ending| ending == "bin");
+        match self.folder.names(weights::is_bin) {
+            Ok(names) if !names.is_empty() && !self.weights.files().any(is_bin) => {
+                vec![format!(
+                    "weights are read from safetensors; the PyTorch files beside them, as `{}`, are not",
+                    names[0]
+                )]
+            }
+            _ => Vec::new(),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
-//! The weights of one folder: which files hold them, and where in them each tensor lies.
+//! The weights of one folder: which files hold them, and where in them each tensor lies. Safetensors win over PyTorch files.
 use super::containment::{Folder, not_plain};
 use super::header::{self, Located, shown};
-use super::{CheckpointError, json, nearest, read_json};
+use super::{BinFault, CheckpointError, json, nearest, read_json, torch_bin};
 use graphs::DType;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,8 +9,30 @@ use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// Names that weights have, safetensors first: the only file, the index of several, the only one under another name.
+const LAYOUTS: [Layout; 2] = [
+    Layout {
+        single: "model.safetensors",
+        index: "model.safetensors.index.json",
+        is_other: |name| name.ends_with(".safetensors"),
+        kind: "safetensors",
+    },
+    Layout { single: "pytorch_model.bin", index: "pytorch_model.bin.index.json", is_other: is_bin, kind: "`.bin`" },
+];
+/// LLaVA's training keeps the projector apart, in the folder of the model or of its own.
+const PROJECTOR: &str = "mm_projector.bin";
+
+struct Layout {
+    single: &'static str,
+    index: &'static str,
+    is_other: fn(&str) -> bool,
+    kind: &'static str,
+}
+
+/// Trainers leave other `.bin` files, whose contents are no weights.
+pub(crate) fn is_bin(name: &str) -> bool {
+    (name.starts_with("pytorch_model") && name.ends_with(".bin")) || name == PROJECTOR
+}
 
 /// Where one tensor lies. `shape` is row-major, `offset` and `bytes` are in bytes of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,7 +46,7 @@ pub struct TensorEntry {
     pub bytes: u64,
 }
 
-/// Open safetensors files of one folder and the tensors in them; only headers are in memory.
+/// Open safetensors or PyTorch files of one folder and the tensors in them; only headers are in memory.
 #[derive(Debug)]
 pub struct Weights {
     folder: PathBuf,
@@ -39,32 +61,50 @@ struct OpenFile {
     watched: Watched,
 }
 
-/// Opens the weights of `folder`, which needs no config: a single safetensors file, or an index and its shards.
+/// Opens the weights of `folder`, which needs no config: a single file, or an index and its shards.
 pub fn open_weights(folder: &Path) -> Result<Weights, CheckpointError> {
     Weights::open(&Folder::open(folder)?)
 }
 
 impl Weights {
     pub(crate) fn open(folder: &Folder) -> Result<Weights, CheckpointError> {
-        if let Some(file) = folder.file(SINGLE)? {
-            return Self::single(folder, SINGLE, file);
+        for layout in &LAYOUTS {
+            let mut weights = if let Some(file) = folder.file(layout.single)? {
+                Self::single(folder, layout.single, file)?
+            } else if let Some((index, watched)) = read_json(folder, layout.index)? {
+                Self::sharded(folder, layout.index, &index, watched)?
+            } else {
+                let names = folder.names(layout.is_other)?;
+                match names.as_slice() {
+                    [] => continue,
+                    [name] => match folder.file(name)? {
+                        Some(file) => Self::single(folder, name, file)?,
+                        None => continue,
+                    },
+                    _ => {
+                        let (folder, kind, index) = (folder.path().to_owned(), layout.kind, layout.index);
+                        return Err(CheckpointError::ManyWeights { folder, names, kind, index });
+                    }
+                }
+            };
+            weights.add_projector(folder)?;
+            return Ok(weights);
         }
-        if let Some((index, watched)) = read_json(folder, INDEX)? {
-            return Self::sharded(folder, &index, watched);
+        Err(CheckpointError::NoWeights { folder: folder.path().to_owned() })
+    }
+
+    /// Adds what a projector's own file beside the weights has and they lack.
+    fn add_projector(&mut self, folder: &Folder) -> Result<(), CheckpointError> {
+        if !self.files.iter().all(|file| file.watched.path.extension().is_some_and(|ending| ending == "bin")) {
+            return Ok(());
         }
-        let names = folder.names(|name| name.ends_with(".safetensors"))?;
-        let path = folder.path().to_owned();
-        match names.as_slice() {
-            [name] => match folder.file(name)? {
-                Some(file) => Self::single(folder, name, file),
-                None => Err(CheckpointError::NoWeights { folder: path }),
-            },
-            [] => match folder.names(|name| name.starts_with("pytorch_model") && name.ends_with(".bin"))? {
-                names if names.is_empty() => Err(CheckpointError::NoWeights { folder: path }),
-                names => Err(CheckpointError::Pickle { folder: path, names }),
-            },
-            _ => Err(CheckpointError::ManyWeights { folder: path, names }),
+        let path = folder.path().join(PROJECTOR);
+        if let Some(file) = folder.file(PROJECTOR)?.filter(|_| self.files().all(|file| file != path)) {
+            for (name, entry) in self.add(path, file)? {
+                self.tensors.entry(name).or_insert(entry);
+            }
         }
+        Ok(())
     }
 
     fn single(folder: &Folder, name: &str, file: File) -> Result<Weights, CheckpointError> {
@@ -75,8 +115,8 @@ impl Weights {
         Ok(weights)
     }
 
-    fn sharded(folder: &Folder, index: &Value, watched: Watched) -> Result<Weights, CheckpointError> {
-        let index_path = folder.path().join(INDEX);
+    fn sharded(folder: &Folder, name: &str, index: &Value, watched: Watched) -> Result<Weights, CheckpointError> {
+        let index_path = folder.path().join(name);
         let places = weight_map(&index_path, index)?;
         let shards: BTreeSet<&str> = places.values().copied().collect();
         let mut weights = Weights::empty(folder, Some(watched));
@@ -135,7 +175,7 @@ impl Weights {
         &self.folder
     }
 
-    /// The safetensors files, in the order that [`TensorEntry::file`] counts.
+    /// The files, in the order that [`TensorEntry::file`] counts.
     pub fn files(&self) -> impl ExactSizeIterator<Item = &Path> {
         self.files.iter().map(|file| file.watched.path.as_path())
     }
@@ -207,6 +247,12 @@ fn read_header(path: &Path, file: &File, file_bytes: u64) -> Result<BTreeMap<Str
     let failed = |source| CheckpointError::Io { path: path.to_owned(), source };
     let broken = |fault| CheckpointError::Header { file: path.to_owned(), fault };
     let mut start = vec![0; file_bytes.min(8) as usize];
+    if path.extension().is_some_and(|ending| ending == "bin") {
+        return torch_bin::tensors(file, file_bytes).map_err(|fault| match fault {
+            BinFault::Read(source) => failed(source),
+            fault => CheckpointError::Bin { file: path.to_owned(), fault },
+        });
+    }
     file.read_exact_at(&mut start, 0).map_err(failed)?;
     let bytes = header::header_bytes(&start, file_bytes).map_err(broken)?;
     // At most MAX_HEADER, and the file is known to be that long.

@@ -136,6 +136,9 @@ pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<C
     for warning in source.checkpoint.warnings() {
         printer.warning(&warning);
     }
+    for note in source.checkpoint.notes() {
+        printer.note(&note);
+    }
     for choice in compiled.networks.iter().flat_map(|passed| &passed.assignments) {
         if let Some(note) = &choice.note {
             printer.note(&format!("`{}`: {note}", choice.path));

@@ -44,15 +44,18 @@ pub(crate) const CASES: &[Case] = &[
     (
         "no weights",
         |d| fs::remove_file(d.join("model.safetensors")).unwrap(),
-        "`DIR` holds no weights: found neither `model.safetensors` nor `model.safetensors.index.json`",
+        "`DIR` holds no weights: found neither `model.safetensors` nor `pytorch_model.bin` nor an index of either",
     ),
     (
-        "pickle only",
+        "PyTorch shards, no index",
         |d| {
             fs::remove_file(d.join("model.safetensors")).unwrap();
-            fs::write(d.join("pytorch_model.bin"), "x").unwrap()
+            fs::write(d.join("training_args.bin"), "x").unwrap();
+            for number in 1..3 {
+                fs::write(d.join(format!("pytorch_model-0000{number}-of-00002.bin")), "x").unwrap()
+            }
         },
-        "the weights in `DIR` are pickle files, which are not read yet: `pytorch_model.bin`",
+        "`DIR` holds 2 `.bin` files and no index: `pytorch_model-00001-of-00002.bin`, `pytorch_model-00002-of-00002.bin`",
     ),
     (
         "two files, no index",
