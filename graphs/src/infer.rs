@@ -129,7 +129,8 @@ fn last_fixed(ty: &Type) -> Result<usize, Misfit> {
 
 fn ends_with(ty: &Type, weight: &Weight) -> Result<(), Misfit> {
     let shape: Vec<Dim> = weight.shape().into_iter().map(Dim::Fixed).collect();
-    if ty.shape.ends_with(&shape) {
+    let ones = shape.iter().take_while(|&&dim| dim == Dim::Fixed(1)).count();
+    if shape.len() <= ty.shape.len() && ty.shape.ends_with(&shape[ones..]) {
         Ok(())
     } else {
         Err(format!("weight `{}` is {:?} but the input is {ty}", weight.key(), weight.shape()))

@@ -202,7 +202,8 @@ pub enum Op {
         #[serde(default, skip_serializing_if = "Split::is_none")]
         split: Split,
     },
-    /// x plus a weight whose shape is the end of x's (a bias `[features]`, position embeddings `[rows, features]`).
+    /// x plus a weight whose shape, but for ones at its start, is the end of x's (a bias `[features]`, position
+    /// embeddings `[rows, features]` or `[1, rows, features]`).
     BiasAdd {
         weight: Weight,
     },

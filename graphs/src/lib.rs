@@ -20,7 +20,7 @@ pub use error::GraphError;
 pub use ir::{
     ActivationKind, Attention, Axis, BinaryKind, Cache, Dim, Mask, Network, Node, NodeId, NormKind, Op, Split, Type,
 };
-pub use models::{Facts, Logits, Model, PictureFacts};
+pub use models::{DecoderFacts, Facts, Logits, Model, PictureFacts, Positions};
 pub use names::{Coverage, cover};
 pub use rope::{Rope, RopeScaling};
 pub use scope::{CacheInputs, Graph, Heads, Linear, Scope, Tensor};

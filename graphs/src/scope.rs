@@ -143,6 +143,21 @@ impl<'g> Scope<'g> {
         self.graph.push(path, Op::Embed { weight, split: Split::Vocab }, &[ids], None)
     }
 
+    /// Rows of `NAME.weight` `[offset + count, hidden]` by position: the first `offset` rows are no position's.
+    pub fn positions(
+        &self,
+        name: &str,
+        offset: usize,
+        count: usize,
+        hidden: usize,
+        position_ids: Tensor<'g>,
+    ) -> Tensor<'g> {
+        let path = self.name(name);
+        let table = Weight::tensor(format!("{path}.weight"), &[offset + count, hidden]);
+        let weight = Weight::Slice { axis: 0, start: offset, end: offset + count, of: Box::new(table) };
+        self.graph.push(path, Op::Embed { weight, split: Split::None }, &[position_ids], None)
+    }
+
     /// A convolution over patches: `NAME.weight` `[out, in, patch, patch]`, stride `patch`, no padding, no bias.
     pub fn patches(&self, name: &str, out: usize, patch: usize, x: Tensor<'g>) -> Tensor<'g> {
         let path = self.name(name);
@@ -158,7 +173,7 @@ impl<'g> Scope<'g> {
         self.graph.push(path, Op::Broadcast { weight }, &[like], None)
     }
 
-    /// x plus the parameter `name` (its whole name), whose shape is the end of x's.
+    /// x plus the parameter `name` (its whole name), whose shape is the end of x's; ones before it do not matter.
     pub fn add_parameter(&self, name: &str, shape: &[usize], x: Tensor<'g>) -> Tensor<'g> {
         let path = self.name(name);
         let weight = Weight::tensor(path.clone(), shape);

@@ -254,8 +254,8 @@ mod tests {
         let program = folder.path().join("builder");
         std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let facts =
-            graphs::Facts { model_type: "llama", vocab: 8, hidden: 8, layers: 1, max_positions: 64, pictures: None };
+        let config = serde_json::json!({ "model_type": "llama", "max_position_embeddings": 64 });
+        let facts = graphs::Model::from_config(&config).unwrap().facts();
         let spec = EngineSpec {
             name: "language".into(),
             network: "n".into(),

@@ -1,6 +1,7 @@
 //! `config.json` of an engine, in TensorRT-LLM's shape (`version`, `pretrained_config`, `build_config`), so that scripts
 //! which read it go on; and the sizes an engine is built for.
-use graphs::{DType, Facts, Model};
+use crate::processor::PromptTemplate;
+use graphs::{DType, Facts, Model, Positions};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
@@ -83,7 +84,9 @@ impl SizeRequest {
 /// How pictures enter the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Multimodal {
-    pub image_token_id: usize,
+    /// None where the checkpoint has no such token: BLIP-2 needs none.
+    pub image_token_id: Option<usize>,
+    pub prompt_template: PromptTemplate,
     /// Prompt table rows of one picture.
     pub num_visual_features: usize,
     /// Height and width in pixels.
@@ -114,32 +117,40 @@ pub struct PretrainedConfig {
 impl EngineConfig {
     pub fn new(model: &Model, dtype: DType, quantization: Value, tp: usize, sizes: Sizes) -> EngineConfig {
         let facts = model.facts();
-        let (architecture, llama) = match model {
-            Model::Llama(llama) => ("LlamaForCausalLM", llama),
-            Model::Llava(llava) => ("LlavaForConditionalGeneration", &llava.language),
-        };
-        let rest = json!({
+        let decoder = &facts.decoder;
+        let mut rest = json!({
             "logits_dtype": "float32",
-            "max_position_embeddings": llama.max_positions,
-            "num_hidden_layers": llama.layers,
-            "num_attention_heads": llama.heads.query,
-            "num_key_value_heads": llama.heads.key_value,
-            "head_size": llama.heads.dim,
-            "hidden_act": llama.activation,
-            "intermediate_size": llama.ffn,
-            "norm_epsilon": llama.epsilon,
-            "position_embedding_type": "rope_gpt_neox",
-            "rotary_base": llama.rope.theta,
+            "max_position_embeddings": facts.max_positions,
+            "num_hidden_layers": facts.layers,
+            "num_attention_heads": decoder.heads.query,
+            "num_key_value_heads": decoder.heads.key_value,
+            "head_size": decoder.heads.dim,
+            "hidden_act": decoder.activation,
+            "intermediate_size": decoder.ffn,
+            "norm_epsilon": decoder.epsilon,
             "mapping": { "world_size": tp, "tp_size": tp, "pp_size": 1 },
             "quantization": quantization,
         });
+        match decoder.positions {
+            Positions::Rotary { base } => {
+                rest["position_embedding_type"] = json!("rope_gpt_neox");
+                rest["rotary_base"] = json!(base);
+            }
+            Positions::Learned => rest["position_embedding_type"] = json!("learned_absolute"),
+        }
+        let prompt_template = match model {
+            Model::Llama(_) | Model::Opt(_) => PromptTemplate::Plain,
+            Model::Llava(_) => PromptTemplate::Llava,
+            Model::Blip2(_) => PromptTemplate::Blip2,
+        };
         let multimodal = facts.pictures.map(|pictures| Multimodal {
             image_token_id: pictures.token_id,
+            prompt_template,
             num_visual_features: pictures.features,
             image_size: pictures.size,
         });
         let pretrained_config = PretrainedConfig {
-            architecture: architecture.into(),
+            architecture: facts.architecture.into(),
             model_type: facts.model_type.into(),
             dtype,
             vocab_size: facts.vocab,
@@ -157,8 +168,9 @@ mod tests {
     use graphs::PictureFacts;
 
     fn facts(positions: usize) -> Facts {
-        let pictures = Some(PictureFacts { token_id: 32000, features: 576, size: [336, 336] });
-        Facts { model_type: "llava", vocab: 32064, hidden: 4096, layers: 32, max_positions: positions, pictures }
+        let config = json!({ "model_type": "llama", "max_position_embeddings": positions });
+        let pictures = Some(PictureFacts { token_id: Some(32000), features: 576, size: [336, 336] });
+        Facts { pictures, ..Model::from_config(&config).unwrap().facts() }
     }
 
     #[test]

@@ -34,6 +34,9 @@ pub enum ProcessorError {
     /// Image placeholders and pictures do not pair up.
     #[error("found `{found}` image placeholders in the prompt, wanted one for each of `{wanted}` pictures")]
     Placeholders { found: usize, wanted: usize },
+    /// The model's pictures have a fixed place.
+    #[error("found `{found}` image placeholders in the prompt, wanted none: pictures come before the whole prompt")]
+    UnwantedPlaceholders { found: usize },
     /// Pictures were given to a model that reads text alone.
     #[error("found `{found}` pictures, wanted none: this model reads text only")]
     NoVision { found: usize },
@@ -72,6 +75,7 @@ impl ProcessorError {
             Self::Placeholders { .. } => {
                 Some("write one placeholder per picture, or none at all to get the model's usual prompt".to_owned())
             }
+            Self::UnwantedPlaceholders { .. } => Some("leave the placeholders out of the prompt".to_owned()),
             Self::NoVision { .. } => Some("leave out --image".to_owned()),
             Self::PromptTooLong { found, .. } => Some(format!("build with --max-input-len {found} or more")),
             Self::IdOutOfRange { .. } => Some("the tokenizer and the weights are not of one checkpoint".to_owned()),

@@ -13,13 +13,16 @@ pub enum PromptTemplate {
     Plain,
     /// `USER: <image>\n{prompt} ASSISTANT:`
     Llava,
+    /// The prompt itself (`Question: ... Answer:`, or nothing for a caption); the pictures come before all of it, the
+    /// tokenizer's BOS included, and no token stands for them.
+    Blip2,
 }
 
 impl PromptTemplate {
     /// `prompt` about `pictures` pictures, in the family's words.
     pub fn apply(self, prompt: &str, placeholder: &str, pictures: usize) -> String {
         match self {
-            Self::Plain => format!("{}{prompt}", placeholder.repeat(pictures)),
+            Self::Plain | Self::Blip2 => format!("{}{prompt}", placeholder.repeat(pictures)),
             Self::Llava => {
                 let placeholders = format!("{placeholder}\n").repeat(pictures);
                 format!("USER: {placeholders}{prompt} ASSISTANT:")
@@ -33,7 +36,7 @@ impl PromptTemplate {
 pub struct PromptSettings {
     /// Used where a prompt names no placeholder.
     pub template: PromptTemplate,
-    /// The placeholder's id. Without one (older BLIP-2) the features go before the text.
+    /// The placeholder's id. Without one, and in BLIP-2 always, the features go before the text.
     pub image_token_id: Option<u32>,
     /// Rows of the prompt table that one picture takes; 0 for a model that reads text only.
     pub features_per_picture: usize,
@@ -84,7 +87,7 @@ impl PromptSettings {
         let mut input =
             LanguageInput { ids: Vec::with_capacity(tokens.len() + rows.len()), picture_tokens: rows.len() };
         match self.image_token_id {
-            Some(placeholder) => {
+            Some(placeholder) if self.template != PromptTemplate::Blip2 => {
                 if pictures > 0 && !tokens.contains(&placeholder) {
                     let name = text
                         .token(placeholder)
@@ -105,7 +108,11 @@ impl PromptSettings {
                     }
                 }
             }
-            None => {
+            placeholder => {
+                let found = tokens.iter().filter(|token| Some(**token) == placeholder).count();
+                if found > 0 {
+                    return Err(ProcessorError::UnwantedPlaceholders { found });
+                }
                 input.ids.extend(&rows);
                 for token in tokens {
                     input.ids.push(self.checked(token)?);

@@ -60,7 +60,7 @@ impl Session {
     /// What stands for a picture in a prompt, if the model takes pictures.
     pub fn placeholder(&self) -> Option<String> {
         let multimodal = self.config.pretrained_config.multimodal?;
-        self.processor.text.token(multimodal.image_token_id as u32)
+        self.processor.text.token(u32::try_from(multimodal.image_token_id?).ok()?)
     }
 
     /// Answers all, as many at once as the engine takes. `on_text` sees pieces of text as they are made: the number of
@@ -155,8 +155,8 @@ impl Session {
         let config = &self.config.pretrained_config;
         let multimodal = config.multimodal;
         let settings = PromptSettings {
-            template: if multimodal.is_some() { PromptTemplate::Llava } else { PromptTemplate::Plain },
-            image_token_id: multimodal.map(|multimodal| multimodal.image_token_id as u32),
+            template: multimodal.map_or(PromptTemplate::Plain, |multimodal| multimodal.prompt_template),
+            image_token_id: multimodal.and_then(|multimodal| u32::try_from(multimodal.image_token_id?).ok()),
             features_per_picture: multimodal.map_or(0, |multimodal| multimodal.num_visual_features),
             vocabulary: config.vocab_size as u32,
             maximum_length: Some(self.config.build_config.max_input_len),

@@ -48,8 +48,8 @@ impl Tokens {
     /// Special tokens have the config's ids; those it does not name and the bytes take the lowest ids left.
     fn new(config: &Value, facts: &Facts) -> Result<Tokens, SynthError> {
         let mut special = BTreeMap::new();
-        if let Some(pictures) = facts.pictures {
-            special.insert(pictures.token_id, "<image>");
+        if let Some(id) = facts.pictures.and_then(|pictures| pictures.token_id) {
+            special.insert(id, "<image>");
         }
         let mut take = |key: &str, text: &'static str, default: Option<usize>| {
             let free = |special: &BTreeMap<usize, _>| (0..).find(|id| !special.contains_key(id)).unwrap_or_default();

@@ -1,7 +1,10 @@
 //! LLaMA, a decoder-only language model (Touvron et al. 2023, arXiv 2302.13971; grouped heads: 2307.09288).
 //! Names and semantics of `transformers/models/llama/modeling_llama.py`.
+use super::decoder::Inputs;
 use crate::config::Keys;
-use crate::{ActivationKind, Axis, CacheInputs, DType, Graph, GraphError, Heads, Logits, Rope, Scope, Tensor, Type};
+use crate::{
+    ActivationKind, DType, DecoderFacts, Facts, Graph, GraphError, Heads, Logits, Positions, Rope, Scope, Tensor,
+};
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Llama {
@@ -54,29 +57,37 @@ impl Llama {
         })
     }
 
+    pub(crate) fn facts(&self) -> Facts {
+        Facts {
+            architecture: "LlamaForCausalLM",
+            model_type: "llama",
+            vocab: self.vocab,
+            hidden: self.hidden,
+            layers: self.layers,
+            max_positions: self.max_positions,
+            decoder: DecoderFacts {
+                heads: self.heads,
+                ffn: self.ffn,
+                activation: self.activation,
+                epsilon: self.epsilon,
+                positions: Positions::Rotary { base: self.rope.theta },
+            },
+            pictures: None,
+        }
+    }
+
     /// The language network: ids (and, where `pictures`, the prompt table) in, logits float32 out.
     ///
-    /// Inputs int32: `input_ids`, `position_ids` `[batch, tokens]`; `past_lengths`, `sequence_lengths`, and with
-    /// [`Logits::Last`] `last_token_ids` `[batch]`. `prompt_embedding_table` `[features, hidden]`.
+    /// Inputs as [`Inputs`] has them, with [`Logits::Last`] also `last_token_ids`.
     /// Output: `logits` `[batch, vocab]`, or `[batch, tokens, vocab]` with [`Logits::All`].
     pub(crate) fn write(&self, graph: &Graph, root: &Scope<'_>, pictures: bool, logits: Logits) {
-        let ids = |name| graph.input(name, Type::new(DType::Int32, [Axis::Batch.into(), Axis::Tokens.into()]));
-        let lengths = |name| graph.input(name, Type::new(DType::Int32, [Axis::Batch.into()]));
-        let (input_ids, position_ids) = (ids("input_ids"), ids("position_ids"));
-        let cache =
-            CacheInputs { past_lengths: lengths("past_lengths"), sequence_lengths: lengths("sequence_lengths") };
+        let inputs = Inputs::new(graph);
         let model = root.sub("model");
-        let mut x = model.embed("embed_tokens", self.vocab, self.hidden, input_ids);
-        if pictures {
-            let table = Type::new(graph.dtype(), [Axis::Features.into(), self.hidden.into()]);
-            x = x.splice(input_ids, graph.input("prompt_embedding_table", table), self.vocab);
-        }
+        let mut x = inputs.embed(&model, "embed_tokens", self.vocab, self.hidden, pictures);
         for layer in 0..self.layers {
-            x = self.layer(&model.layer("layers", layer), x, layer, position_ids, cache);
+            x = self.layer(&model.layer("layers", layer), x, layer, inputs);
         }
-        if logits == Logits::Last {
-            x = x.last_token(lengths("last_token_ids"));
-        }
+        x = inputs.wanted(x, logits);
         let mut head = root.linear("lm_head", self.vocab).vocab();
         if self.tied {
             head = head.tied_to(model.name("embed_tokens.weight"));
@@ -85,21 +96,15 @@ impl Llama {
         graph.output("logits", head.of(normed).cast(DType::Float32));
     }
 
-    fn layer<'g>(
-        &self,
-        s: &Scope<'g>,
-        x: Tensor<'g>,
-        layer: usize,
-        position_ids: Tensor<'g>,
-        cache: CacheInputs<'g>,
-    ) -> Tensor<'g> {
+    fn layer<'g>(&self, s: &Scope<'g>, x: Tensor<'g>, layer: usize, inputs: Inputs<'g>) -> Tensor<'g> {
         let (attn, mlp, heads) = (s.sub("self_attn"), s.sub("mlp"), self.heads);
         let normed = s.rms_norm("input_layernorm", self.epsilon).of(x);
         let project =
             |name, heads| attn.linear(name, heads * self.heads.dim).bias_if(self.attention_bias).column().of(normed);
         let (q, k, v) =
             (project("q_proj", heads.query), project("k_proj", heads.key_value), project("v_proj", heads.key_value));
-        let mixed = attn.attention(heads).causal().rope(&self.rope, position_ids).cached(layer, cache).of(q, k, v);
+        let attention = attn.attention(heads).causal().rope(&self.rope, inputs.position_ids);
+        let mixed = attention.cached(layer, inputs.cache).of(q, k, v);
         let x = x + attn.linear("o_proj", self.hidden).bias_if(self.attention_bias).row().of(mixed);
         let normed = s.rms_norm("post_attention_layernorm", self.epsilon).of(x);
         let wide = |name| mlp.linear(name, self.ffn).bias_if(self.mlp_bias).column().of(normed);

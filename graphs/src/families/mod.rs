@@ -1,4 +1,8 @@
 //! Model families: each file writes the layers of one architecture in the DSL.
 pub mod clip;
+mod decoder;
+pub mod eva;
 pub mod llama;
+pub mod opt;
 pub mod projector;
+pub mod qformer;

@@ -97,7 +97,11 @@ impl Llava {
     pub(super) fn picture_facts(&self) -> PictureFacts {
         let class = usize::from(self.strategy == Strategy::Full);
         let size = self.vision.image_size;
-        PictureFacts { token_id: self.image_token_id, features: self.vision.patches() + class, size: [size, size] }
+        PictureFacts {
+            token_id: Some(self.image_token_id),
+            features: self.vision.patches() + class,
+            size: [size, size],
+        }
     }
 
     /// Vision blocks after the chosen hidden state and the norm behind them are in the file but never run.

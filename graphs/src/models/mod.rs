@@ -1,9 +1,11 @@
 //! Models: which family feeds which, and the one list from `architectures` to a model.
+mod blip2;
 mod llava;
 
 use crate::config::Keys;
-use crate::families::llama::Llama;
-use crate::{DType, Graph, GraphError, Network};
+use crate::families::{llama::Llama, opt::Opt};
+use crate::{ActivationKind, DType, Graph, GraphError, Heads, Network};
+pub use blip2::Blip2;
 pub use llava::Llava;
 use serde_json::Value;
 
@@ -19,12 +21,16 @@ pub enum Logits {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Model {
     Llama(Llama),
+    Opt(Opt),
     Llava(Llava),
+    Blip2(Blip2),
 }
 
 /// What the runtime and the engine directory must know of a model besides its networks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Facts {
+    /// Hugging Face's class.
+    pub architecture: &'static str,
     /// Hugging Face's `model_type`.
     pub model_type: &'static str,
     /// Ids from here on are rows of the prompt table.
@@ -32,13 +38,31 @@ pub struct Facts {
     pub hidden: usize,
     pub layers: usize,
     pub max_positions: usize,
+    pub decoder: DecoderFacts,
     pub pictures: Option<PictureFacts>,
+}
+
+/// What the engine directory's config says of the decoder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecoderFacts {
+    pub heads: Heads,
+    pub ffn: usize,
+    pub activation: ActivationKind,
+    pub epsilon: f32,
+    pub positions: Positions,
+}
+
+/// How a decoder tells positions apart.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Positions {
+    Rotary { base: f32 },
+    Learned,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PictureFacts {
-    /// Id of `<image>` in the tokenizer.
-    pub token_id: usize,
+    /// Id of `<image>` in the tokenizer, where the checkpoint has such a token.
+    pub token_id: Option<usize>,
     /// Rows of the prompt table that one picture fills.
     pub features: usize,
     /// Height and width of the vision network's input, in pixels.
@@ -58,8 +82,12 @@ impl Model {
         let architecture = config.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
         match (architecture, keys.text("model_type", "")?) {
             (Some("LlamaForCausalLM"), _) | (None, "llama") => Ok(Model::Llama(Llama::from_config(&keys)?)),
+            (Some("OPTForCausalLM"), _) | (None, "opt") => Ok(Model::Opt(Opt::from_config(&keys)?)),
             (Some("LlavaForConditionalGeneration"), _) | (None, "llava") => {
                 Ok(Model::Llava(Llava::from_config(&keys)?))
+            }
+            (Some("Blip2ForConditionalGeneration"), _) | (None, "blip-2") => {
+                Ok(Model::Blip2(Blip2::from_config(&keys)?))
             }
             (Some(other), _) => Err(keys.fault("architectures", format!("`{other}` is not supported"))),
             (None, "") => Err(keys.fault("architectures", "missing, and no `model_type` either".into())),
@@ -72,30 +100,37 @@ impl Model {
     /// # Errors
     /// The first node that does not fit.
     pub fn networks(&self, dtype: DType, logits: Logits) -> Result<Vec<Network>, GraphError> {
+        let alone = |write: &dyn Fn(&Graph)| {
+            let graph = Graph::new("language", dtype);
+            write(&graph);
+            graph.finish()
+        };
         let networks = match self {
-            Model::Llama(llama) => {
-                let graph = Graph::new("language", dtype);
-                llama.write(&graph, &graph.scope(""), false, logits);
-                vec![graph.finish()?]
-            }
+            Model::Llama(llama) => vec![alone(&|graph| llama.write(graph, &graph.scope(""), false, logits))?],
+            Model::Opt(opt) => vec![alone(&|graph| opt.write(graph, &graph.scope(""), false, logits))?],
             Model::Llava(llava) => vec![llava.vision(dtype)?, llava.language(dtype, logits)?],
+            Model::Blip2(blip2) => vec![blip2.vision(dtype)?, blip2.language(dtype, logits)?],
         };
         networks.iter().try_for_each(crate::verify)?;
         Ok(networks)
     }
 
     pub fn facts(&self) -> Facts {
-        let (model_type, llama, pictures) = match self {
-            Model::Llama(llama) => ("llama", llama, None),
-            Model::Llava(llava) => ("llava", &llava.language, Some(llava.picture_facts())),
-        };
-        Facts {
-            model_type,
-            vocab: llama.vocab,
-            hidden: llama.hidden,
-            layers: llama.layers,
-            max_positions: llama.max_positions,
-            pictures,
+        match self {
+            Model::Llama(llama) => llama.facts(),
+            Model::Opt(opt) => opt.facts(),
+            Model::Llava(llava) => Facts {
+                architecture: "LlavaForConditionalGeneration",
+                model_type: "llava",
+                pictures: Some(llava.picture_facts()),
+                ..llava.language.facts()
+            },
+            Model::Blip2(blip2) => Facts {
+                architecture: "Blip2ForConditionalGeneration",
+                model_type: "blip-2",
+                pictures: Some(blip2.picture_facts()),
+                ..blip2.language.facts()
+            },
         }
     }
 
@@ -103,19 +138,22 @@ impl Model {
     pub fn aliases(&self) -> &'static [Alias] {
         match self {
             Model::Llama(_) => &[("model.", "")],
+            Model::Opt(_) => &[("model.decoder.", "decoder.")],
             Model::Llava(_) => llava::ALIASES,
+            Model::Blip2(_) => &[],
         }
     }
 
     /// Whether a tensor may lie in the file unused: `name` is canonical.
     pub fn ignores(&self, name: &str) -> bool {
         let buffer = name.ends_with(".rotary_emb.inv_freq") || name.ends_with(".embeddings.position_ids");
-        let (llama, head) = match self {
-            Model::Llama(llama) => (llama, "lm_head.weight"),
-            Model::Llava(llava) => (&llava.language, "language_model.lm_head.weight"),
+        let (tied, head, own) = match self {
+            Model::Llama(llama) => (llama.tied, "lm_head.weight", false),
+            Model::Opt(opt) => (opt.tied, "lm_head.weight", false),
+            Model::Llava(llava) => (llava.language.tied, "language_model.lm_head.weight", llava.ignores(name)),
+            Model::Blip2(blip2) => (blip2.language.tied, "language_model.lm_head.weight", Blip2::ignores(name)),
         };
         // A tied head that is saved all the same repeats the embedding.
-        let tied = llama.tied && name == head;
-        buffer || tied || matches!(self, Model::Llava(llava) if llava.ignores(name))
+        buffer || own || (tied && name == head)
     }
 }

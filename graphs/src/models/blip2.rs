@@ -1,0 +1,76 @@
+//! BLIP-2: EVA's features through a Q-Former into a language model's prompt (Li et al. 2023, arXiv 2301.12597).
+//! Names and semantics of `transformers/models/blip_2/modeling_blip_2.py`.
+use super::{Logits, PictureFacts};
+use crate::config::Keys;
+use crate::families::{eva::Eva, opt::Opt, qformer::Qformer};
+use crate::{Axis, DType, Graph, GraphError, Network, Type};
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Blip2 {
+    pub vision: Eva,
+    pub qformer: Qformer,
+    pub language: Opt,
+    /// Query tokens: rows of the prompt table that one picture fills.
+    pub queries: usize,
+    /// Older files name none.
+    image_token_id: Option<usize>,
+}
+
+impl Blip2 {
+    pub(super) fn from_config(keys: &Keys) -> Result<Blip2, GraphError> {
+        let text_keys = keys.object("text_config")?;
+        match text_keys.text("model_type", "opt")? {
+            "opt" => {}
+            other => return Err(text_keys.fault("model_type", format!("wanted `opt`, found `{other}`"))),
+        }
+        let (vision, qformer_keys) =
+            (Eva::from_config(&keys.object("vision_config")?)?, keys.object("qformer_config")?);
+        let qformer = Qformer::from_config(&qformer_keys)?;
+        if qformer.picture != vision.hidden {
+            let reason = format!("{} differs from the vision network's hidden_size {}", qformer.picture, vision.hidden);
+            return Err(qformer_keys.fault("encoder_hidden_size", reason));
+        }
+        let language = Opt::from_config(&text_keys)?;
+        if language.embedding != language.hidden {
+            let reason = format!("{}, but pictures come in hidden_size {}", language.embedding, language.hidden);
+            return Err(text_keys.fault("word_embed_proj_dim", reason));
+        }
+        let image_token_id = match keys.size("image_token_index", keys.size("image_token_id", 0)?)? {
+            0 => None,
+            id => Some(id),
+        };
+        Ok(Blip2 { vision, qformer, language, queries: keys.size("num_query_tokens", 32)?, image_token_id })
+    }
+
+    /// Pixels in, rows of the prompt table out.
+    ///
+    /// Input `input` `[batch, 3, image_size, image_size]`, output `output` `[batch, queries, hidden]`, as wide as the
+    /// language model.
+    pub(super) fn vision(&self, dtype: DType) -> Result<Network, GraphError> {
+        let graph = Graph::new("vision", dtype);
+        let root = graph.scope("");
+        let size = self.vision.image_size.into();
+        let pixels = graph.input("input", Type::new(dtype, [Axis::Batch.into(), Eva::CHANNELS.into(), size, size]));
+        let picture = self.vision.write(&root.sub("vision_model"), pixels);
+        let queries = root.broadcast("query_tokens", &[1, self.queries, self.qformer.hidden], picture);
+        let queries = queries.reshape([Axis::Batch.into(), self.queries.into(), self.qformer.hidden.into()]);
+        let seen = self.qformer.write(&root.sub("qformer"), queries, picture);
+        graph.output("output", root.linear("language_projection", self.language.hidden).bias().of(seen));
+        graph.finish()
+    }
+
+    pub(super) fn language(&self, dtype: DType, logits: Logits) -> Result<Network, GraphError> {
+        let graph = Graph::new("language", dtype);
+        self.language.write(&graph, &graph.scope("language_model"), true, logits);
+        graph.finish()
+    }
+
+    pub(super) fn picture_facts(&self) -> PictureFacts {
+        let size = self.vision.image_size;
+        PictureFacts { token_id: self.image_token_id, features: self.queries, size: [size, size] }
+    }
+
+    pub(super) fn ignores(name: &str) -> bool {
+        name.strip_prefix("qformer.").is_some_and(Qformer::ignores)
+    }
+}
