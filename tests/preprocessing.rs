@@ -211,9 +211,17 @@ fn golden_values(golden: &SafeTensors<'_>, name: &str) -> Vec<u8> {
     golden.tensor(name).expect("tensor").data().to_vec()
 }
 
+/// The picture, the pixel values, and the ids of the golden's prompt and of others that must be the same, for any place in
+/// a batch.
 #[test]
-fn llava_goldens_are_reproduced() {
-    for name in ["llava-hf", "llava-v4names", "llava-v5names"] {
+fn goldens_are_reproduced() {
+    for (name, settings, other, end) in [
+        ("llava-hf", LLAVA, Some("What is shown?"), 2),
+        ("llava-v4names", LLAVA, Some("What is shown?"), 2),
+        ("llava-v5names", LLAVA, Some("What is shown?"), 2),
+        ("blip2-opt", BLIP2, None, 202),
+        ("blip2-opt", PromptSettings { image_token_id: None, ..BLIP2 }, None, 202),
+    ] {
         let folder = fixture(name);
         let bytes = std::fs::read(folder.join("golden.safetensors")).expect("golden");
         let golden = SafeTensors::deserialize(&bytes).expect("safetensors");
@@ -231,16 +239,18 @@ fn llava_goldens_are_reproduced() {
         let prompt = &metadata.metadata().as_ref().expect("metadata")["prompt"];
         let ids = golden_values(&golden, "input_ids");
         let wanted: Vec<i64> = ids.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect();
-        for (prompt, first_picture) in [(prompt.as_str(), 0), ("What is shown?", 3)] {
+        let image = processor.text.token_id("<image>").expect("image token");
+        for (prompt, first_picture) in [(prompt.as_str(), 0), (other.unwrap_or(prompt), 3)] {
             let request = PromptRequest { prompt, pictures: 1, first_picture, add_special_tokens: true };
-            let input = LLAVA.build(&processor.text, request).expect("input");
-            let rows: Vec<i32> = input.ids.iter().copied().filter(|id| *id >= 448).collect();
-            let first = 448 + 16 * first_picture as i32;
-            assert_eq!(rows, (first..first + 16).collect::<Vec<_>>());
-            let mapped = input.ids.iter().map(|id| if *id >= 448 { 400 } else { i64::from(*id) });
+            let input = settings.build(&processor.text, request).expect("input");
+            let (vocabulary, features) = (settings.vocabulary as i32, settings.features_per_picture as i32);
+            let rows: Vec<i32> = input.ids.iter().copied().filter(|id| *id >= vocabulary).collect();
+            let first = vocabulary + features * first_picture as i32;
+            assert_eq!(rows, (first..first + features).collect::<Vec<_>>());
+            let mapped = input.ids.iter().map(|id| if *id >= vocabulary { i64::from(image) } else { i64::from(*id) });
             assert_eq!(mapped.collect::<Vec<_>>(), wanted);
         }
-        assert_eq!(processor.text.eos_ids(), [2]);
+        assert_eq!(processor.text.eos_ids(), [end], "{name}");
     }
 }
 
@@ -249,6 +259,14 @@ const LLAVA: PromptSettings = PromptSettings {
     image_token_id: Some(400),
     features_per_picture: 16,
     vocabulary: 448,
+    maximum_length: Some(64),
+};
+
+const BLIP2: PromptSettings = PromptSettings {
+    template: PromptTemplate::Blip2,
+    image_token_id: Some(320),
+    features_per_picture: 4,
+    vocabulary: 336,
     maximum_length: Some(64),
 };
 
@@ -298,6 +316,24 @@ fn features_go_where_the_placeholders_are() {
     let before = PromptSettings { image_token_id: None, template: PromptTemplate::Plain, ..settings };
     let input = before.build(&text, ask("", 1)).expect("a caption");
     assert_eq!(input.ids, [448, 449, 1]);
+}
+
+/// As transformers has it: all query tokens, then BOS, then the prompt; nothing but BOS for a caption.
+#[test]
+fn query_tokens_go_before_everything() {
+    let text = TextProcessor::open(&fixture("blip2-opt")).expect("tokenizer");
+    let caption = BLIP2.build(&text, ask("", 1)).expect("a caption");
+    assert_eq!(caption.ids, [336, 337, 338, 339, 2]);
+    let two = BLIP2.build(&text, ask("", 2)).expect("two pictures");
+    assert_eq!((two.ids.len(), two.picture_tokens), (9, 8));
+    let words = BLIP2.build(&text, ask("a cat", 0)).expect("words alone");
+    assert_eq!((words.ids[0], words.picture_tokens), (2, 0));
+    let error = BLIP2.build(&text, ask("<image> a cat", 1)).expect_err("a placeholder");
+    assert_eq!(
+        error.to_string(),
+        "found `1` image placeholders in the prompt, wanted none: pictures come before the whole prompt"
+    );
+    assert!(BLIP2.build(&text, ask("", 0)).is_err());
 }
 
 #[test]
@@ -413,19 +449,23 @@ fn trained_checkpoints_open() {
         let task = std::fs::read_to_string(folder.join(name).join("task.json")).expect("task");
         let task: Value = serde_json::from_str(&task).expect("JSON");
         assert_eq!(processor.text.eos_ids(), [number(&task["eos"]) as u32], "{name}");
-        if name == "trained-llava" {
-            let settings = PromptSettings {
-                image_token_id: processor.text.token_id("<image>"),
-                features_per_picture: 100,
-                vocabulary: 1 << 20,
-                maximum_length: None,
-                ..LLAVA
-            };
-            let input = settings.build(&processor.text, ask(text(&task["prompt"]), 1)).expect("input");
-            let ids = |name: &str| items(&task[name]).iter().map(|id| number(id) as i32).collect::<Vec<_>>();
-            assert_eq!(input.ids[..8], ids("before"));
-            assert_eq!(input.ids[108..], ids("after"));
-        }
+        let (settings, features) = match name {
+            "trained-llava" => (LLAVA, 100),
+            "trained-blip2-opt" => (BLIP2, 32),
+            _ => continue,
+        };
+        let settings = PromptSettings {
+            image_token_id: processor.text.token_id("<image>"),
+            features_per_picture: features,
+            vocabulary: 1 << 20,
+            maximum_length: None,
+            ..settings
+        };
+        let input = settings.build(&processor.text, ask(text(&task["prompt"]), 1)).expect("input");
+        let ids = |name: &str| items(&task[name]).iter().map(|id| number(id) as i32).collect::<Vec<_>>();
+        let before = ids("before");
+        assert_eq!(input.ids[..before.len()], before);
+        assert_eq!(input.ids[before.len() + features..], ids("after"));
     }
 }
 

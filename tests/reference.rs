@@ -42,6 +42,64 @@ fn llava_generates_what_transformers_generates() {
 }
 
 #[test]
+fn blip2_generates_what_transformers_generates() {
+    let root = tempfile::tempdir().unwrap();
+    let (picture, prompt, wanted) = golden("blip2-opt", root.path());
+    let output = root.path().join("engines");
+    build_reference(&fixture("blip2-opt"), &output, &["--max-batch-size", "2"]);
+    let count = wanted.len().to_string();
+    let ask = |pictures: &[&str], prompts: &[&str]| {
+        let all = [&["--image"], pictures, &["--prompt"], prompts, &["--max-new-tokens", &count]].concat();
+        run(&output, &all).iter().map(ids).collect::<Vec<_>>()
+    };
+    assert_eq!(ask(&[&picture], &[&prompt])[0], wanted);
+    // Two pictures and two prompts of different lengths in one call, each as alone, in either order.
+    let other = root.path().join("other.png");
+    image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([(x * 6) as u8, (y * 8) as u8, 99])).save(&other).unwrap();
+    let other = other.display().to_string();
+    let alone = ask(&[&other], &["Why?"])[0].clone();
+    assert_ne!(alone, ask(&[&picture], &["Why?"])[0], "the picture matters");
+    assert_eq!(ask(&[&other, &picture], &["Why?", &prompt]), [&alone[..], &wanted]);
+    assert_eq!(ask(&[&picture, &other], &[&prompt, "Why?"]), [&wanted[..], &alone]);
+    // No words at all: a caption.
+    assert!(!ask(&[&picture], &[""])[0].is_empty());
+    let (code, text) = refuse(&["run", output.to_str().unwrap(), "--image", &picture, "--prompt", "<image> Why?"]);
+    assert!(code == 1 && text.contains("wanted none: pictures come before the whole prompt"), "{text}");
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(output.join("language/config.json")).unwrap()).unwrap();
+    let config = &config["pretrained_config"];
+    assert_eq!(config["architecture"], json!("Blip2ForConditionalGeneration"));
+    assert_eq!(config["position_embedding_type"], json!("learned_absolute"));
+    assert_eq!(config["multimodal"]["prompt_template"], json!("blip2"));
+}
+
+/// The language part of the fixture as a checkpoint of its own gives what it gives inside of BLIP-2 without a picture; with
+/// norms behind and an embedding of another width it runs too.
+#[test]
+fn opt_runs_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let whole = root.path().join("whole");
+    build_reference(&fixture("blip2-opt"), &whole, &["--dtype", "float32"]);
+    let ask = |output: &Path| ids(&run(output, &["--prompt", "a photo of a cat", "--max-new-tokens", "6"])[0]);
+    let alone = root.path().join("opt");
+    language_alone("blip2-opt", &alone);
+    let output = root.path().join("alone");
+    build_reference(&alone, &output, &["--dtype", "float32"]);
+    assert_eq!(ask(&whole), ask(&output));
+    for (number, changes) in [
+        json!({ "do_layer_norm_before": false, "word_embed_proj_dim": 48 }),
+        json!({ "enable_bias": false, "tie_word_embeddings": false, "activation_function": "gelu" }),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let config = opt_config(changes);
+        let one = answer(root.path(), &format!("opt-{number}"), &config, &random_tensors(&config), DType::Float32, 2);
+        assert_eq!(one.len(), 12);
+    }
+}
+
+#[test]
 fn two_builds_are_equal_byte_for_byte() {
     let root = tempfile::tempdir().unwrap();
     let (first, second) = (root.path().join("a"), root.path().join("with a longer name"));

@@ -162,3 +162,33 @@ pub(crate) fn llava_config(changes: Value) -> Value {
     }
     config
 }
+
+/// An OPT config; keys of `changes` replace or join those of the base.
+pub(crate) fn opt_config(changes: Value) -> Value {
+    let mut config = json!({
+        "architectures": ["OPTForCausalLM"], "model_type": "opt", "hidden_size": 64, "ffn_dim": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 448, "max_position_embeddings": 128,
+        "torch_dtype": "float32",
+    });
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
+
+/// The language part of a fixture as a checkpoint of its own, with the fixture's tokenizer.
+pub(crate) fn language_alone(name: &str, folder: &Path) {
+    std::fs::create_dir_all(folder).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        std::fs::copy(fixture(name).join(file), folder.join(file)).unwrap();
+    }
+    let config: Value = serde_json::from_slice(&std::fs::read(fixture(name).join("config.json")).unwrap()).unwrap();
+    let mut config = config["text_config"].clone();
+    config["architectures"] = json!(["OPTForCausalLM"]);
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let bytes = std::fs::read(fixture(name).join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensors: Vec<(String, safetensors::tensor::TensorView<'_>)> =
+        file.iter().filter_map(|(name, view)| Some((name.strip_prefix("language_model.")?.to_owned(), view))).collect();
+    safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
+}
