@@ -46,6 +46,24 @@ fn every_type_and_scheme_builds() {
 }
 
 #[test]
+fn blip2_and_opt_alone_build() {
+    let root = tempfile::tempdir().unwrap();
+    for (dtype, quant, vision) in [("float16", "none", "none"), ("float16", "int4-g16", "int4-g16")] {
+        let output = root.path().join(format!("{dtype}-{quant}-{vision}"));
+        let flags = ["--dtype", dtype, "--quant", quant, "--vision-quant", vision, "--gpu", "sm89,sm120"];
+        build(&fixture("blip2-opt"), &output, &[&flags[..], &["--max-batch-size", "2"]].concat());
+        assert_eq!(manifest(&output)["targets"]["rtx"]["gpus"], json!(["sm89", "sm120"]));
+    }
+    let alone = root.path().join("opt");
+    language_alone("blip2-opt", &alone);
+    build(&alone, &root.path().join("alone"), &["--dtype", "bfloat16", "--quant", "int8"]);
+    let config = opt_config(json!({ "do_layer_norm_before": false, "word_embed_proj_dim": 48, "enable_bias": false }));
+    let other = root.path().join("other");
+    write_checkpoint(&other, &config, &random_tensors(&config), DType::Float16, 1);
+    build(&other, &root.path().join("other-engines"), &["--quant", "int4-g16"]);
+}
+
+#[test]
 fn other_shapes_build() {
     let root = tempfile::tempdir().unwrap();
     let changes = [
