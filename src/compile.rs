@@ -104,7 +104,7 @@ impl Compiled {
     /// The `quantization` object of config.json, in TensorRT-LLM's words where it has them.
     pub fn quantization_config(&self) -> Value {
         use graphs::Format;
-        let language = self.networks.iter().find(|passed| passed.network.name == "language");
+        let language = self.networks.iter().find(|passed| ["language", "decoder"].contains(&&*passed.network.name));
         let formats = language.into_iter().flat_map(|passed| &passed.assignments).filter_map(|choice| choice.format);
         let mut algorithm = Value::Null;
         let mut group = 0;
@@ -117,7 +117,7 @@ impl Compiled {
                 }
             }
         }
-        let recipe = self.quantization.get("language");
+        let recipe = self.quantization.get("language").or_else(|| self.quantization.get("decoder"));
         let mut config = json!({ "quant_algo": algorithm, "kv_cache_quant_algo": null, "recipe": recipe });
         if group > 0 {
             config["group_size"] = json!(group);

@@ -27,7 +27,7 @@ pub fn cost(network: &Network, call: Call) -> Cost {
     let size = |dim: &Dim| match *dim {
         Dim::Fixed(size) => size,
         Dim::Named(Axis::Batch) => call.batch,
-        Dim::Named(Axis::Tokens) => call.tokens,
+        Dim::Named(Axis::Tokens | Axis::Source) => call.tokens,
         Dim::Named(Axis::Features) => 0,
     };
     let element = network.dtype.bytes(1) as f64;

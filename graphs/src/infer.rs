@@ -33,7 +33,7 @@ pub(crate) fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute:
             }
             Ok(inputs[0].clone())
         }
-        Op::Activation { .. } => first().cloned(),
+        Op::Activation { .. } | Op::Scale { .. } => first().cloned(),
         Op::Binary { .. } => {
             let x = first()?;
             if inputs[1] != x {
@@ -108,7 +108,7 @@ fn check_count(op: &Op, found: usize) -> Result<(), Misfit> {
         Op::Splice { .. } => 3..=3,
         Op::Concat { .. } => 1..=usize::MAX,
         Op::Attention(attention) => {
-            let count = 3 + usize::from(attention.rope.is_some()) + 2 * usize::from(attention.cache.is_some());
+            let count = 3 + attention.extra_inputs();
             count..=count
         }
         _ => 1..=1,
@@ -169,6 +169,19 @@ fn infer_attention(attention: &Attention, inputs: &[&Type]) -> Result<Type, Misf
     }
     if (attention.cache.is_some() || attention.mask == Mask::Causal) && key.shape[1] != query.shape[1] {
         return Err(format!("self-attention needs as many keys as queries, found {key} and {query}"));
+    }
+    if attention.key_lengths && attention.cache.is_some() {
+        return Err("a cache has lengths of its own".into());
+    }
+    if let Some(bias) = &attention.relative_bias {
+        let shape = bias.weight.shape();
+        if shape != [bias.buckets, heads] || !bias.is_sound() {
+            return Err(format!(
+                "relative bias `{}` is {shape:?}, wanted [{}, {heads}]",
+                bias.weight.key(),
+                bias.buckets
+            ));
+        }
     }
     for lengths in &inputs[3..] {
         if lengths.dtype != DType::Int32 {

@@ -1,5 +1,5 @@
 //! The network IR: nodes in order, each with a path, an op, inputs and a type.
-use crate::{DType, Rope, Weight};
+use crate::{DType, RelativeBias, Rope, Weight};
 use serde::{Deserialize, Serialize};
 
 /// A dimension whose size is known only when the engine runs.
@@ -12,6 +12,8 @@ pub enum Axis {
     Tokens,
     /// Rows of the prompt table: picture features of all requests, one after the other.
     Features,
+    /// Tokens of each request that an encoder reads.
+    Source,
 }
 
 impl Axis {
@@ -20,11 +22,12 @@ impl Axis {
             Axis::Batch => "batch",
             Axis::Tokens => "tokens",
             Axis::Features => "features",
+            Axis::Source => "source",
         }
     }
 
     pub fn parse(text: &str) -> Option<Axis> {
-        [Axis::Batch, Axis::Tokens, Axis::Features].into_iter().find(|axis| axis.name() == text)
+        [Axis::Batch, Axis::Tokens, Axis::Features, Axis::Source].into_iter().find(|axis| axis.name() == text)
     }
 }
 
@@ -174,7 +177,8 @@ pub enum Mask {
 ///
 /// Inputs: query `[batch, tokens, heads * head_dim]`, key and value `[batch, tokens, kv_heads * head_dim]`; with a rope
 /// then `position_ids` int32 `[batch, tokens]`; with a cache then `past_lengths` int32 `[batch]` (rows of the cache that
-/// are filled before this call: new keys are written there) and `sequence_lengths` int32 `[batch]` (rows filled after it).
+/// are filled before this call: new keys are written there) and `sequence_lengths` int32 `[batch]` (rows filled after it);
+/// without a cache and with `key_lengths` then those, int32 `[batch]` (keys that count, from the first on).
 /// Query head h uses key/value head h / (heads / kv_heads).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Attention {
@@ -186,9 +190,26 @@ pub struct Attention {
     pub mask: Mask,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope: Option<Rope>,
+    /// Added to the scores by how far key and query are apart (T5).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relative_bias: Option<RelativeBias>,
     /// Slot of the key/value cache (the decoder layer's number).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<usize>,
+    /// Keys beyond each request's number do not count; only without a cache.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub key_lengths: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+impl Attention {
+    /// Inputs besides query, key and value.
+    pub fn extra_inputs(&self) -> usize {
+        usize::from(self.rope.is_some()) + 2 * usize::from(self.cache.is_some()) + usize::from(self.key_lengths)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -217,6 +238,10 @@ pub enum Op {
     },
     Activation {
         kind: ActivationKind,
+    },
+    /// Times a number.
+    Scale {
+        factor: f32,
     },
     /// Of two tensors of one shape.
     Binary {
@@ -272,6 +297,7 @@ impl Op {
             Op::BiasAdd { .. } => "bias_add",
             Op::Norm { .. } => "norm",
             Op::Activation { .. } => "activation",
+            Op::Scale { .. } => "scale",
             Op::Binary { .. } => "binary",
             Op::Attention(_) => "attention",
             Op::Conv { .. } => "conv",
@@ -295,6 +321,7 @@ impl Op {
             | Op::Embed { weight, .. }
             | Op::Broadcast { weight } => vec![weight],
             Op::Norm { weight, bias, .. } => std::iter::once(weight).chain(bias).collect(),
+            Op::Attention(attention) => attention.relative_bias.iter().map(|bias| &bias.weight).collect(),
             _ => Vec::new(),
         }
     }

@@ -9,6 +9,7 @@ pub mod interpret;
 mod ir;
 pub mod models;
 mod names;
+mod relative;
 mod rope;
 mod scope;
 mod text;
@@ -22,6 +23,7 @@ pub use ir::{
 };
 pub use models::{DecoderFacts, Facts, Logits, Model, PictureFacts, Positions};
 pub use names::{Coverage, cover};
+pub use relative::RelativeBias;
 pub use rope::{Rope, RopeScaling};
 pub use scope::{CacheInputs, Graph, Heads, Linear, Scope, Tensor};
 pub use text::{parse, print};

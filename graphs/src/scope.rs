@@ -13,8 +13,8 @@
 //! The first error is kept and comes out of [`Graph::finish`] with the path of its node.
 use crate::infer::infer;
 use crate::{
-    ActivationKind, Attention, BinaryKind, DType, Dim, GraphError, Mask, Network, Node, NodeId, NormKind, Op, Rope,
-    Split, Type, Weight,
+    ActivationKind, Attention, BinaryKind, DType, Dim, GraphError, Mask, Network, Node, NodeId, NormKind, Op,
+    RelativeBias, Rope, Split, Type, Weight,
 };
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -188,7 +188,9 @@ impl<'g> Scope<'g> {
             scale: (heads.dim as f32).powf(-0.5),
             mask: Mask::None,
             rope: None,
+            relative_bias: None,
             cache: None,
+            key_lengths: false,
         };
         AttentionLayer { graph: self.graph, path: self.name("attention"), attention, extra: Vec::new() }
     }
@@ -305,6 +307,23 @@ impl<'g> AttentionLayer<'g> {
         self
     }
 
+    pub fn scale(mut self, scale: f32) -> Self {
+        self.attention.scale = scale;
+        self
+    }
+
+    pub fn relative_bias(mut self, bias: RelativeBias) -> Self {
+        self.attention.relative_bias = Some(bias);
+        self
+    }
+
+    /// Only the first so many keys of each request count; the last input, and not together with a cache.
+    pub fn key_lengths(mut self, lengths: Tensor<'g>) -> Self {
+        self.attention.key_lengths = true;
+        self.extra.push(lengths);
+        self
+    }
+
     pub fn of(self, query: Tensor<'g>, key: Tensor<'g>, value: Tensor<'g>) -> Tensor<'g> {
         let inputs: Vec<Tensor> = [query, key, value].into_iter().chain(self.extra).collect();
         self.graph.push(self.path, Op::Attention(self.attention), &inputs, None)
@@ -325,6 +344,10 @@ impl<'g> Tensor<'g> {
 
     pub fn activation(self, kind: ActivationKind) -> Tensor<'g> {
         self.derived(Op::Activation { kind }, &[])
+    }
+
+    pub fn scaled(self, factor: f32) -> Tensor<'g> {
+        self.derived(Op::Scale { factor }, &[])
     }
 
     pub fn reshape(self, shape: impl Into<Vec<Dim>>) -> Tensor<'g> {

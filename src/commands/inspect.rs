@@ -34,7 +34,7 @@ fn directory(directory: &EngineDirectory, printer: &Printer) -> Result<(), Failu
         printer.json(&json!({ "schema": 1, "kind": "engine_directory", "manifest": manifest }));
         return Ok(());
     }
-    let config = directory.config("language")?;
+    let config = directory.config(directory.language())?;
     let sizes = config.build_config;
     printer.data(&format!(
         "{} ({}), {}, built {}",

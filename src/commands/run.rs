@@ -60,7 +60,7 @@ pub(super) fn open(directory: &EngineDirectory, target: Option<Target>) -> Resul
         directory.file(name)?;
     }
     let processor = Processor::open(&directory.processor())?;
-    Ok(Session::new(executor(directory, target)?, processor, directory.config("language")?))
+    Ok(Session::new(executor(directory, target)?, processor, directory.config(directory.language())?))
 }
 
 /// The networks of a directory, ready to run: those asked for, or the fastest that it has.

@@ -11,7 +11,7 @@ pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
     let directory = EngineDirectory::open(&args.directory)?;
     let mut engine = executor(&directory, Some(args.target))?;
     let mut reference = executor(&directory, Some(Target::Reference))?;
-    let config = directory.config("language")?;
+    let config = directory.config(directory.language())?;
     let sizes = config.build_config;
     let features = config.pretrained_config.multimodal.map_or(0, |found| found.num_visual_features);
     let feed = Feed {

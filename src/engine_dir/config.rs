@@ -59,7 +59,12 @@ impl SizeRequest {
             let message = format!("`max_input_len` {input} leaves no token beside the {features} of a picture");
             return Err(SizeError(message, format!("use at least {}", features + 1)));
         }
-        if input.saturating_add(output) > positions {
+        // An encoder has places of its own, and the decoder's are all for new tokens.
+        let (needed, rows) = match facts.decoder_start_id {
+            Some(_) => (input.max(output), output),
+            None => (input.saturating_add(output), input.saturating_add(output)),
+        };
+        if needed > positions {
             let message =
                 format!("`max_input_len` {input} + `max_output_len` {output} exceed the model's {positions} positions");
             return Err(SizeError(message, format!("use --max-input-len {}", positions.saturating_sub(output))));
@@ -75,7 +80,7 @@ impl SizeRequest {
             max_batch_size: self.max_batch_size,
             max_input_len: input,
             max_output_len: output,
-            max_seq_len: input + output,
+            max_seq_len: rows,
             max_prompt_embedding_table_size: self.max_multimodal_len.unwrap_or(table),
         })
     }
@@ -110,6 +115,9 @@ pub struct PretrainedConfig {
     pub hidden_size: usize,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub multimodal: Option<Multimodal>,
+    /// Encoder-decoder models: what the decoder starts with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decoder_start_token_id: Option<usize>,
     #[serde(flatten)]
     pub rest: Map<String, Value>,
 }
@@ -137,9 +145,10 @@ impl EngineConfig {
                 rest["rotary_base"] = json!(base);
             }
             Positions::Learned => rest["position_embedding_type"] = json!("learned_absolute"),
+            Positions::Relative => rest["position_embedding_type"] = json!("relative"),
         }
         let prompt_template = match model {
-            Model::Llama(_) | Model::Opt(_) => PromptTemplate::Plain,
+            Model::Llama(_) | Model::Opt(_) | Model::T5(_) => PromptTemplate::Plain,
             Model::Llava(_) => PromptTemplate::Llava,
             Model::Blip2(_) => PromptTemplate::Blip2,
         };
@@ -156,6 +165,7 @@ impl EngineConfig {
             vocab_size: facts.vocab,
             hidden_size: facts.hidden,
             multimodal,
+            decoder_start_token_id: facts.decoder_start_id,
             rest: rest.as_object().cloned().unwrap_or_default(),
         };
         EngineConfig { version: env!("CARGO_PKG_VERSION").into(), pretrained_config, build_config: sizes }

@@ -110,6 +110,11 @@ impl EngineDirectory {
         read_json(&self.file(&format!("{network}/config.json"))?)
     }
 
+    /// The sub-network that gives the logits.
+    pub fn language(&self) -> &'static str {
+        if self.manifest.networks.iter().any(|name| name == "decoder") { "decoder" } else { "language" }
+    }
+
     pub fn processor(&self) -> PathBuf {
         self.path.join(PROCESSOR)
     }

@@ -141,6 +141,10 @@ impl<'n> Lowering<'_, 'n, '_> {
             Op::Splice { vocab } => self.splice(node, *vocab),
             Op::Activation { kind } => self.activation(node, *kind),
             Op::BiasAdd { weight } => self.bias_add(node, weight),
+            Op::Scale { factor } => {
+                let factor = self.number(&format!("{path}/factor"), *factor, node.ty.dtype, node.ty.shape.len())?;
+                self.target.elementwise(path, input(0), factor, trt::ElementWiseOperation::Prod).map_err(layer)
+            }
             Op::Broadcast { weight } => self.broadcast(node, weight),
             Op::Binary { kind } => {
                 let operation = match kind {

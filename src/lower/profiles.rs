@@ -14,6 +14,7 @@ fn limit(axis: Axis, sizes: &Sizes, decode: bool) -> usize {
         Axis::Batch => sizes.max_batch_size,
         Axis::Tokens if decode => DECODE_TOKENS,
         Axis::Tokens => sizes.max_input_len,
+        Axis::Source => sizes.max_input_len,
         // A batch without pictures still brings one row.
         Axis::Features => sizes.max_prompt_embedding_table_size.max(1),
     }

@@ -12,6 +12,8 @@ pub const WEIGHTS: &str = "weights.safetensors";
 
 pub struct Reference {
     vision: Option<Interpreter>,
+    /// What reads the prompt where the language network is a decoder of its own.
+    source: Option<Source>,
     language: Interpreter,
     config: EngineConfig,
     /// Prompt table `[rows, hidden]`.
@@ -23,6 +25,33 @@ pub struct Reference {
     tokens: Vec<u32>,
     /// What the last call gave.
     outputs: BTreeMap<String, Array>,
+}
+
+/// The encoder of an encoder-decoder model.
+struct Source {
+    encoder: Interpreter,
+    cross: Interpreter,
+    /// What the decoder starts with.
+    start_id: i32,
+    /// What the decoder reads of the prompts at every step.
+    read: BTreeMap<String, Array>,
+}
+
+impl Source {
+    /// Reads prompts `[batch, source]` of which `lengths` tokens count.
+    fn read(&mut self, ids: Array, lengths: &[i32], table: Array) -> Result<(), RuntimeError> {
+        let lengths = Array::int([lengths.len()], lengths.to_vec());
+        let inputs = BTreeMap::from([
+            ("input_ids", ids),
+            ("source_lengths", lengths.clone()),
+            ("prompt_embedding_table", table),
+        ]);
+        let mut none = Caches::new(self.encoder.network(), 0, 0);
+        let encoded = self.encoder.run(&inputs, &mut none, None)?;
+        self.read = self.cross.run(&encoded, &mut none, None)?;
+        self.read.insert("source_lengths".into(), lengths);
+        Ok(())
+    }
 }
 
 impl Reference {
@@ -39,9 +68,10 @@ impl Reference {
             let weights = quant::StoredWeights::open(&directory.file(&format!("{name}/{WEIGHTS}"))?)?;
             Ok(Interpreter::new(network, &weights)?)
         };
-        let vision = directory.manifest.networks.iter().any(|name| name == "vision");
-        let vision = if vision { Some(load("vision")?) } else { None };
-        Reference::new(vision, load("language")?, directory.config("language")?)
+        let has = |name: &str| directory.manifest.networks.iter().any(|network| network == name);
+        let load_if = |name: &str| if has(name) { load(name).map(Some) } else { Ok(None) };
+        let networks = [load_if("vision")?, load_if("encoder")?, load_if("cross")?];
+        Reference::new(networks, load(directory.language())?, directory.config(directory.language())?)
     }
 
     /// Interprets networks that were never written to a directory.
@@ -53,25 +83,44 @@ impl Reference {
         weights: &dyn Values,
         config: EngineConfig,
     ) -> Result<Reference, RuntimeError> {
-        let (mut vision, mut language) = (None, None);
+        let mut loaded = [None, None, None];
+        let mut language = None;
         for network in networks {
-            let slot = if network.name == "vision" { &mut vision } else { &mut language };
+            let slot = match network.name.as_str() {
+                "vision" => &mut loaded[0],
+                "encoder" => &mut loaded[1],
+                "cross" => &mut loaded[2],
+                _ => &mut language,
+            };
             *slot = Some(Interpreter::new(network, weights)?);
         }
         let missing = || RuntimeError::Inconsistent { what: "list of networks".into() };
-        Reference::new(vision, language.ok_or_else(missing)?, config)
+        Reference::new(loaded, language.ok_or_else(missing)?, config)
     }
 
     fn new(
-        vision: Option<Interpreter>,
+        [vision, encoder, cross]: [Option<Interpreter>; 3],
         language: Interpreter,
         config: EngineConfig,
     ) -> Result<Reference, RuntimeError> {
         let hidden = config.pretrained_config.hidden_size;
         let caches = Caches::new(language.network(), 0, 0);
         let table = Array::float([1, hidden], vec![0.0; hidden]);
+        let source = match (encoder, cross, config.pretrained_config.decoder_start_token_id) {
+            (Some(encoder), Some(cross), Some(start)) => {
+                Some(Source { encoder, cross, start_id: start as i32, read: BTreeMap::new() })
+            }
+            (None, None, _) => None,
+            _ => return Err(RuntimeError::Inconsistent { what: "list of networks".into() }),
+        };
         let (lengths, tokens, outputs) = (Vec::new(), Vec::new(), BTreeMap::new());
-        Ok(Reference { vision, language, config, table, caches, lengths, tokens, outputs })
+        Ok(Reference { vision, source, language, config, table, caches, lengths, tokens, outputs })
+    }
+
+    /// For steps of words, which ask for no row of the table.
+    fn no_table(&self) -> Array {
+        let hidden = self.config.pretrained_config.hidden_size;
+        Array::float([1, hidden], vec![0.0; hidden])
     }
 
     /// The likeliest next tokens after feeding each request `tokens` ids (all alike in number, padded on the right);
@@ -80,14 +129,16 @@ impl Reference {
         let batch = self.lengths.len();
         let positions = self.lengths.iter().flat_map(|&past| (0..tokens as i32).map(move |token| past + token));
         let sequence: Vec<i32> = std::iter::zip(&self.lengths, used).map(|(past, used)| past + used).collect();
-        let inputs = BTreeMap::from([
+        let own = [
             ("input_ids", Array::int([batch, tokens], ids)),
             ("position_ids", Array::int([batch, tokens], positions.collect())),
             ("past_lengths", Array::int([batch], self.lengths.clone())),
             ("sequence_lengths", Array::int([batch], sequence.clone())),
             ("last_token_ids", Array::int([batch], used.iter().map(|used| used - 1).collect())),
             ("prompt_embedding_table", table),
-        ]);
+        ];
+        let mut inputs = self.source.as_ref().map(|source| source.read.clone()).unwrap_or_default();
+        inputs.extend(own.map(|(name, array)| (name.to_owned(), array)));
         self.outputs = self.language.run(&inputs, &mut self.caches, None)?;
         self.lengths = sequence;
         let logits = self.outputs.get(LOGITS);
@@ -124,7 +175,15 @@ impl Executor for Reference {
         };
         let ids = prompts.iter().flat_map(padded).collect();
         let used: Vec<i32> = prompts.iter().map(|prompt| prompt.len() as i32).collect();
-        self.step(ids, tokens, &used, self.table.clone())
+        let batch = prompts.len();
+        match &mut self.source {
+            Some(source) => {
+                source.read(Array::int([batch, tokens], ids), &used, self.table.clone())?;
+                let start = vec![source.start_id; batch];
+                self.step(start, 1, &vec![1; batch], self.no_table())
+            }
+            None => self.step(ids, tokens, &used, self.table.clone()),
+        }
     }
 
     /// One step at a time: none is made in vain.
@@ -132,9 +191,7 @@ impl Executor for Reference {
         self.config.room(self.lengths.iter().map(|&length| length as usize))?;
         let ids = self.tokens.iter().map(|&token| token as i32).collect();
         let used = vec![1; self.tokens.len()];
-        // New tokens are words: no row of the table is asked for any more.
-        let hidden = self.config.pretrained_config.hidden_size;
-        Ok(vec![self.step(ids, 1, &used, Array::float([1, hidden], vec![0.0; hidden]))?])
+        Ok(vec![self.step(ids, 1, &used, self.no_table())?])
     }
 
     fn force(&mut self, tokens: &[u32]) -> Result<(), RuntimeError> {

@@ -65,6 +65,7 @@ impl Llama {
             hidden: self.hidden,
             layers: self.layers,
             max_positions: self.max_positions,
+            decoder_start_id: None,
             decoder: DecoderFacts {
                 heads: self.heads,
                 ffn: self.ffn,

@@ -6,3 +6,4 @@ pub mod llama;
 pub mod opt;
 pub mod projector;
 pub mod qformer;
+pub mod t5;

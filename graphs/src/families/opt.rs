@@ -64,6 +64,7 @@ impl Opt {
             hidden: self.hidden,
             layers: self.layers,
             max_positions: self.max_positions,
+            decoder_start_id: None,
             decoder: DecoderFacts {
                 heads: self.heads,
                 ffn: self.ffn,

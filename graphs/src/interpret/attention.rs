@@ -2,10 +2,13 @@
 use super::Slot;
 use super::array::Array;
 use super::matmul::multiply;
-use crate::{Attention, Mask};
+use crate::{Attention, Mask, RelativeBias};
 use rayon::prelude::*;
 
 type Result<T> = std::result::Result<T, String>;
+
+/// A relative bias with its table's values.
+type Bias<'b> = Option<(&'b RelativeBias, &'b [f32])>;
 
 /// `[batch, tokens, heads * dim]` to `[batch, heads, tokens, dim]`.
 fn by_head(x: &Array, heads: usize, dim: usize) -> Result<Vec<f32>> {
@@ -41,18 +44,23 @@ fn rotate(x: &mut [f32], attention: &Attention, positions: &Array, heads: usize)
 }
 
 /// Attention over the keys given, all of them.
-pub(super) fn plain(attention: &Attention, inputs: &[&Array]) -> Result<Array> {
+pub(super) fn plain(attention: &Attention, inputs: &[&Array], bias: Bias<'_>) -> Result<Array> {
     let (query, key) = (inputs[0], inputs[1]);
+    let batch = query.shape[0];
     let mut q = by_head(query, attention.heads, attention.head_dim)?;
     let mut k = by_head(key, attention.kv_heads, attention.head_dim)?;
-    if let Some(positions) = inputs.get(3) {
+    if let (Some(positions), true) = (inputs.get(3), attention.rope.is_some()) {
         rotate(&mut q, attention, positions, attention.heads)?;
         rotate(&mut k, attention, positions, attention.kv_heads)?;
     }
     let v = by_head(inputs[2], attention.kv_heads, attention.head_dim)?;
     let rows = key.shape[1];
-    let past = vec![0; query.shape[0]];
-    Ok(mix(attention, query, &q, &k, &v, rows, &past))
+    let lengths = match inputs.last().filter(|_| attention.key_lengths) {
+        Some(lengths) => lengths.ints()?.iter().map(|&length| (length.max(0) as usize).min(rows)).collect(),
+        None => vec![rows; batch],
+    };
+    let extent = Extent { rows, past: &vec![0; batch], lengths: &lengths };
+    Ok(mix(attention, query, [&q, &k, &v], extent, bias))
 }
 
 /// Writes the new keys and values at `past_lengths`, then attends over all rows up to each query's own.
@@ -60,8 +68,8 @@ pub(super) fn cached(
     attention: &Attention,
     inputs: &[&Array],
     slot: &mut Slot,
-    batch: usize,
-    rows: usize,
+    (batch, rows): (usize, usize),
+    bias: Bias<'_>,
 ) -> Result<Array> {
     let (heads, kv_heads, dim) = (attention.heads, attention.kv_heads, attention.head_dim);
     let query = inputs[0];
@@ -93,34 +101,46 @@ pub(super) fn cached(
             slot.values[to..to + size].copy_from_slice(&v[from..from + size]);
         }
     }
-    Ok(mix(attention, query, &q, &slot.keys, &slot.values, rows, &past))
+    let lengths: Vec<usize> = past.iter().map(|length| length + tokens).collect();
+    let extent = Extent { rows, past: &past, lengths: &lengths };
+    Ok(mix(attention, query, [&q, &slot.keys, &slot.values], extent, bias))
 }
 
-/// softmax(scale q k^T + mask) v for each request and head; `keys` and `values` are `[batch, kv_heads, rows, dim]`.
-fn mix(
-    attention: &Attention,
-    query: &Array,
-    q: &[f32],
-    keys: &[f32],
-    values: &[f32],
+/// Rows of the keys and values, and which of them each request's queries see.
+#[derive(Clone, Copy)]
+struct Extent<'e> {
     rows: usize,
-    past: &[usize],
-) -> Array {
+    /// Keys before the first query.
+    past: &'e [usize],
+    /// Keys that count.
+    lengths: &'e [usize],
+}
+
+/// softmax(scale q k^T + bias + mask) v for each request and head; keys and values are `[batch, kv_heads, rows, dim]`.
+fn mix(attention: &Attention, query: &Array, qkv: [&[f32]; 3], extent: Extent<'_>, bias: Bias<'_>) -> Array {
     let (heads, kv_heads, dim) = (attention.heads, attention.kv_heads, attention.head_dim);
     let (batch, tokens) = (query.shape[0], query.shape[1]);
     let causal = attention.mask == Mask::Causal;
+    let [q, keys, values] = qkv;
     let mixed: Vec<Vec<f32>> = (0..batch * heads)
         .into_par_iter()
         .map(|row| {
             let (request, head) = (row / heads, row % heads);
-            let used = if causal { past[request] + tokens } else { rows };
-            let start = (request * kv_heads + head / (heads / kv_heads)) * rows * dim;
+            let (past, used) = (extent.past[request], extent.lengths[request]);
+            let start = (request * kv_heads + head / (heads / kv_heads)) * extent.rows * dim;
             let (keys, values) = (&keys[start..start + used * dim], &values[start..start + used * dim]);
             let q = &q[row * tokens * dim..(row + 1) * tokens * dim];
             let mut scores = multiply(q, keys, [tokens, dim, used], true, false);
-            for (token, scores) in scores.chunks_exact_mut(used).enumerate() {
-                let seen = if causal { past[request] + token + 1 } else { used };
-                softmax(scores, seen, attention.scale);
+            for (token, scores) in scores.chunks_exact_mut(used.max(1)).enumerate() {
+                let seen = if causal { past + token + 1 } else { used };
+                scores.iter_mut().for_each(|score| *score *= attention.scale);
+                if let Some((bias, table)) = bias {
+                    for (key, score) in scores.iter_mut().enumerate() {
+                        let bucket = bias.bucket(key as i64 - (past + token) as i64);
+                        *score += table[bucket * heads + head];
+                    }
+                }
+                softmax(scores, seen);
             }
             multiply(&scores, values, [tokens, used, dim], false, false)
         })
@@ -137,13 +157,13 @@ fn mix(
 }
 
 /// Over the first `seen` scores; the rest become 0.
-fn softmax(scores: &mut [f32], seen: usize, scale: f32) {
+fn softmax(scores: &mut [f32], seen: usize) {
     let (visible, hidden) = scores.split_at_mut(seen);
     hidden.fill(0.0);
     let largest = visible.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0.0f32;
     for score in visible.iter_mut() {
-        *score = ((*score - largest) * scale).exp();
+        *score = (*score - largest).exp();
         sum += *score;
     }
     visible.iter_mut().for_each(|score| *score /= sum);

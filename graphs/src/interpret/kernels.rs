@@ -56,6 +56,10 @@ pub(super) fn activation(x: &Array, kind: ActivationKind) -> Result {
     Ok(Array::float(x.shape.clone(), x.floats()?.par_iter().with_min_len(4096).map(|&v| function(v)).collect()))
 }
 
+pub(super) fn scale(x: &Array, factor: f32) -> Result {
+    Ok(Array::float(x.shape.clone(), x.floats()?.iter().map(|value| value * factor).collect()))
+}
+
 pub(super) fn binary(a: &Array, b: &Array, kind: BinaryKind) -> Result {
     let pairs = std::iter::zip(a.floats()?, b.floats()?);
     let data = match kind {

@@ -10,6 +10,7 @@ mod matmul;
 use crate::{Axis, Cache, DType, Dim, Network, Node, NodeId, Op, Weight};
 pub use array::{Array, Data};
 use rayon::prelude::*;
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use thiserror::Error;
@@ -110,9 +111,9 @@ impl Interpreter {
     ///
     /// # Errors
     /// An input that is missing or does not fit, or a node whose values do not (an id outside the table, a full cache).
-    pub fn run(
+    pub fn run<K: Borrow<str> + Ord>(
         &self,
-        inputs: &BTreeMap<&str, Array>,
+        inputs: &BTreeMap<K, Array>,
         caches: &mut Caches,
         mut tap: Option<Tap<'_>>,
     ) -> Result<BTreeMap<String, Array>, InterpretError> {
@@ -142,7 +143,7 @@ impl Interpreter {
     }
 
     /// Sizes of the named dimensions, taken from the inputs, which must agree.
-    fn bind(&self, inputs: &BTreeMap<&str, Array>) -> Result<HashMap<Axis, usize>, InterpretError> {
+    fn bind<K: Borrow<str> + Ord>(&self, inputs: &BTreeMap<K, Array>) -> Result<HashMap<Axis, usize>, InterpretError> {
         let mut axes = HashMap::new();
         for node in self.network.inputs() {
             let wrong =
@@ -187,15 +188,20 @@ impl Interpreter {
                 kernels::norm(x, *kind, self.weight(weight)?, bias, *epsilon)
             }
             Op::Activation { kind } => kernels::activation(x, *kind),
+            Op::Scale { factor } => kernels::scale(x, *factor),
             Op::Binary { kind } => kernels::binary(x, inputs[1], *kind),
-            Op::Attention(attention) => match attention.cache {
-                None => attention::plain(attention, inputs),
-                Some(slot) => {
-                    let (batch, rows) = (caches.batch, caches.rows);
-                    let slot = caches.slots.get_mut(&slot).ok_or("its cache was not made")?;
-                    attention::cached(attention, inputs, slot, batch, rows)
+            Op::Attention(attention) => {
+                let bias = attention.relative_bias.as_ref();
+                let bias = bias.map(|bias| self.weight(&bias.weight).map(|table| (bias, table))).transpose()?;
+                match attention.cache {
+                    None => attention::plain(attention, inputs, bias),
+                    Some(slot) => {
+                        let (batch, rows) = (caches.batch, caches.rows);
+                        let slot = caches.slots.get_mut(&slot).ok_or("its cache was not made")?;
+                        attention::cached(attention, inputs, slot, (batch, rows), bias)
+                    }
                 }
-            },
+            }
             Op::Conv { weight, stride } => kernels::conv(x, self.weight(weight)?, &weight.shape(), *stride),
             Op::Embed { weight, .. } => kernels::embed(x, self.weight(weight)?, &weight.shape()),
             Op::Splice { vocab } => kernels::splice(x, inputs[1], inputs[2], *vocab),

@@ -1,28 +1,84 @@
 //! BLIP-2: EVA's features through a Q-Former into a language model's prompt (Li et al. 2023, arXiv 2301.12597).
 //! Names and semantics of `transformers/models/blip_2/modeling_blip_2.py`.
-use super::{Logits, PictureFacts};
+use super::{Alias, Facts, Logits, PictureFacts};
 use crate::config::Keys;
-use crate::families::{eva::Eva, opt::Opt, qformer::Qformer};
+use crate::families::{eva::Eva, opt::Opt, qformer::Qformer, t5::T5};
 use crate::{Axis, DType, Graph, GraphError, Network, Type};
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Blip2 {
     pub vision: Eva,
     pub qformer: Qformer,
-    pub language: Opt,
+    pub language: Blip2Language,
     /// Query tokens: rows of the prompt table that one picture fills.
     pub queries: usize,
     /// Older files name none.
     image_token_id: Option<usize>,
 }
 
+/// What reads the picture's features.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Blip2Language {
+    Opt(Opt),
+    T5(T5),
+}
+
+const PREFIX: &str = "language_model";
+
+impl Blip2Language {
+    fn from_config(keys: &Keys) -> Result<Blip2Language, GraphError> {
+        match keys.text("model_type", "opt")? {
+            "opt" => {
+                let opt = Opt::from_config(keys)?;
+                if opt.embedding != opt.hidden {
+                    let reason = format!("{}, but pictures come in hidden_size {}", opt.embedding, opt.hidden);
+                    return Err(keys.fault("word_embed_proj_dim", reason));
+                }
+                Ok(Blip2Language::Opt(opt))
+            }
+            "t5" => Ok(Blip2Language::T5(T5::from_config(keys)?)),
+            other => Err(keys.fault("model_type", format!("wanted `opt` or `t5`, found `{other}`"))),
+        }
+    }
+
+    fn networks(&self, dtype: DType, logits: Logits) -> Result<Vec<Network>, GraphError> {
+        match self {
+            Blip2Language::Opt(opt) => {
+                let graph = Graph::new("language", dtype);
+                opt.write(&graph, &graph.scope(PREFIX), true, logits);
+                Ok(vec![graph.finish()?])
+            }
+            Blip2Language::T5(t5) => t5.networks(dtype, PREFIX, true, logits),
+        }
+    }
+
+    pub(super) fn facts(&self) -> Facts {
+        match self {
+            Blip2Language::Opt(opt) => opt.facts(),
+            Blip2Language::T5(t5) => t5.facts(),
+        }
+    }
+
+    /// Whether the head repeats the embedding and may lie in the file all the same.
+    pub(super) fn tied(&self) -> bool {
+        matches!(self, Blip2Language::Opt(opt) if opt.tied)
+    }
+
+    pub(super) fn aliases(&self) -> &'static [Alias] {
+        match self {
+            Blip2Language::Opt(_) => &[],
+            Blip2Language::T5(_) => &[
+                ("language_model.lm_head.", "language_model.shared."),
+                ("language_model.shared.", "language_model.encoder.embed_tokens."),
+                ("language_model.shared.", "language_model.decoder.embed_tokens."),
+            ],
+        }
+    }
+}
+
 impl Blip2 {
     pub(super) fn from_config(keys: &Keys) -> Result<Blip2, GraphError> {
         let text_keys = keys.object("text_config")?;
-        match text_keys.text("model_type", "opt")? {
-            "opt" => {}
-            other => return Err(text_keys.fault("model_type", format!("wanted `opt`, found `{other}`"))),
-        }
         let (vision, qformer_keys) =
             (Eva::from_config(&keys.object("vision_config")?)?, keys.object("qformer_config")?);
         let qformer = Qformer::from_config(&qformer_keys)?;
@@ -30,11 +86,7 @@ impl Blip2 {
             let reason = format!("{} differs from the vision network's hidden_size {}", qformer.picture, vision.hidden);
             return Err(qformer_keys.fault("encoder_hidden_size", reason));
         }
-        let language = Opt::from_config(&text_keys)?;
-        if language.embedding != language.hidden {
-            let reason = format!("{}, but pictures come in hidden_size {}", language.embedding, language.hidden);
-            return Err(text_keys.fault("word_embed_proj_dim", reason));
-        }
+        let language = Blip2Language::from_config(&text_keys)?;
         let image_token_id = match keys.size("image_token_index", keys.size("image_token_id", 0)?)? {
             0 => None,
             id => Some(id),
@@ -46,7 +98,7 @@ impl Blip2 {
     ///
     /// Input `input` `[batch, 3, image_size, image_size]`, output `output` `[batch, queries, hidden]`, as wide as the
     /// language model.
-    pub(super) fn vision(&self, dtype: DType) -> Result<Network, GraphError> {
+    fn vision(&self, dtype: DType) -> Result<Network, GraphError> {
         let graph = Graph::new("vision", dtype);
         let root = graph.scope("");
         let size = self.vision.image_size.into();
@@ -55,14 +107,14 @@ impl Blip2 {
         let queries = root.broadcast("query_tokens", &[1, self.queries, self.qformer.hidden], picture);
         let queries = queries.reshape([Axis::Batch.into(), self.queries.into(), self.qformer.hidden.into()]);
         let seen = self.qformer.write(&root.sub("qformer"), queries, picture);
-        graph.output("output", root.linear("language_projection", self.language.hidden).bias().of(seen));
+        graph.output("output", root.linear("language_projection", self.language.facts().hidden).bias().of(seen));
         graph.finish()
     }
 
-    pub(super) fn language(&self, dtype: DType, logits: Logits) -> Result<Network, GraphError> {
-        let graph = Graph::new("language", dtype);
-        self.language.write(&graph, &graph.scope("language_model"), true, logits);
-        graph.finish()
+    pub(super) fn networks(&self, dtype: DType, logits: Logits) -> Result<Vec<Network>, GraphError> {
+        let mut networks = vec![self.vision(dtype)?];
+        networks.extend(self.language.networks(dtype, logits)?);
+        Ok(networks)
     }
 
     pub(super) fn picture_facts(&self) -> PictureFacts {
@@ -72,5 +124,6 @@ impl Blip2 {
 
     pub(super) fn ignores(name: &str) -> bool {
         name.strip_prefix("qformer.").is_some_and(Qformer::ignores)
+            || (name.starts_with("language_model.") && T5::ignores(name))
     }
 }

@@ -3,9 +3,9 @@ mod blip2;
 mod llava;
 
 use crate::config::Keys;
-use crate::families::{llama::Llama, opt::Opt};
+use crate::families::{llama::Llama, opt::Opt, t5::T5};
 use crate::{ActivationKind, DType, Graph, GraphError, Heads, Network};
-pub use blip2::Blip2;
+pub use blip2::{Blip2, Blip2Language};
 pub use llava::Llava;
 use serde_json::Value;
 
@@ -22,6 +22,7 @@ pub enum Logits {
 pub enum Model {
     Llama(Llama),
     Opt(Opt),
+    T5(T5),
     Llava(Llava),
     Blip2(Blip2),
 }
@@ -38,6 +39,8 @@ pub struct Facts {
     pub hidden: usize,
     pub layers: usize,
     pub max_positions: usize,
+    /// Encoder-decoder models: the token that the decoder starts with.
+    pub decoder_start_id: Option<usize>,
     pub decoder: DecoderFacts,
     pub pictures: Option<PictureFacts>,
 }
@@ -55,8 +58,12 @@ pub struct DecoderFacts {
 /// How a decoder tells positions apart.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Positions {
-    Rotary { base: f32 },
+    Rotary {
+        base: f32,
+    },
     Learned,
+    /// By a bias for how far two tokens are apart.
+    Relative,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +90,7 @@ impl Model {
         match (architecture, keys.text("model_type", "")?) {
             (Some("LlamaForCausalLM"), _) | (None, "llama") => Ok(Model::Llama(Llama::from_config(&keys)?)),
             (Some("OPTForCausalLM"), _) | (None, "opt") => Ok(Model::Opt(Opt::from_config(&keys)?)),
+            (Some("T5ForConditionalGeneration"), _) | (None, "t5") => Ok(Model::T5(T5::from_config(&keys)?)),
             (Some("LlavaForConditionalGeneration"), _) | (None, "llava") => {
                 Ok(Model::Llava(Llava::from_config(&keys)?))
             }
@@ -108,8 +116,9 @@ impl Model {
         let networks = match self {
             Model::Llama(llama) => vec![alone(&|graph| llama.write(graph, &graph.scope(""), false, logits))?],
             Model::Opt(opt) => vec![alone(&|graph| opt.write(graph, &graph.scope(""), false, logits))?],
+            Model::T5(t5) => t5.networks(dtype, "", false, logits)?,
             Model::Llava(llava) => vec![llava.vision(dtype)?, llava.language(dtype, logits)?],
-            Model::Blip2(blip2) => vec![blip2.vision(dtype)?, blip2.language(dtype, logits)?],
+            Model::Blip2(blip2) => blip2.networks(dtype, logits)?,
         };
         networks.iter().try_for_each(crate::verify)?;
         Ok(networks)
@@ -119,6 +128,7 @@ impl Model {
         match self {
             Model::Llama(llama) => llama.facts(),
             Model::Opt(opt) => opt.facts(),
+            Model::T5(t5) => t5.facts(),
             Model::Llava(llava) => Facts {
                 architecture: "LlavaForConditionalGeneration",
                 model_type: "llava",
@@ -140,7 +150,8 @@ impl Model {
             Model::Llama(_) => &[("model.", "")],
             Model::Opt(_) => &[("model.decoder.", "decoder.")],
             Model::Llava(_) => llava::ALIASES,
-            Model::Blip2(_) => &[],
+            Model::T5(_) => T5::ALIASES,
+            Model::Blip2(blip2) => blip2.language.aliases(),
         }
     }
 
@@ -150,8 +161,9 @@ impl Model {
         let (tied, head, own) = match self {
             Model::Llama(llama) => (llama.tied, "lm_head.weight", false),
             Model::Opt(opt) => (opt.tied, "lm_head.weight", false),
+            Model::T5(_) => (false, "", T5::ignores(name)),
             Model::Llava(llava) => (llava.language.tied, "language_model.lm_head.weight", llava.ignores(name)),
-            Model::Blip2(blip2) => (blip2.language.tied, "language_model.lm_head.weight", Blip2::ignores(name)),
+            Model::Blip2(blip2) => (blip2.language.tied(), "language_model.lm_head.weight", Blip2::ignores(name)),
         };
         // A tied head that is saved all the same repeats the embedding.
         buffer || own || (tied && name == head)

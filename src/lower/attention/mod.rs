@@ -1,4 +1,5 @@
 //! Attention: native layers where the target has them, else our plugin over the cache, or plain layers without one.
+mod mask;
 mod native;
 mod plain;
 mod plugin;

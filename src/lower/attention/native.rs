@@ -1,7 +1,7 @@
 //! Attention by TensorRT-RTX's native layers: rotary embedding, cache update in place, fused attention.
 use super::{Value, cache_names};
 use crate::lower::{Lowering, data_type};
-use graphs::{Attention, DType, Mask, Node, Rope};
+use graphs::{Attention, Mask, Node, Rope};
 use tensorrt_sys as trt;
 use trt::{AttentionOptions, CausalMaskKind, ElementWiseOperation};
 
@@ -29,7 +29,13 @@ impl<'n> Lowering<'_, 'n, '_> {
                 (key, value) = (update("key", key)?, update("value", value)?);
                 options.key_value_lengths = Some(self.value(sequence));
                 if attention.mask == Mask::Causal {
-                    options.mask = Some(self.cache_mask(node, past)?);
+                    options.mask = Some(self.cache_mask(node, attention, past)?);
+                }
+            }
+            (None, lengths) if attention.mask == Mask::None => {
+                options.key_value_lengths = lengths.first().map(|lengths| self.value(*lengths));
+                if let Some(bias) = &attention.relative_bias {
+                    options.mask = Some(self.square_bias(node, attention, bias)?);
                 }
             }
             _ if attention.mask == Mask::Causal => options.causal = CausalMaskKind::UpperLeft,
@@ -79,38 +85,5 @@ impl<'n> Lowering<'_, 'n, '_> {
         let present = self.target.kv_cache_update(&name, cache, update, past).map_err(refused())?;
         self.target.mark_output(&output, present).map_err(refused())?;
         Ok(present)
-    }
-
-    /// 0 where cache row r <= past + i for new token i, else the lowest number: `[batch, 1, tokens, rows]`. One for all
-    /// layers. The native causal masks align to the cache's end, not to each request's own length.
-    fn cache_mask(&mut self, node: &Node, past: trt::Tensor<'n>) -> Value<'n> {
-        if let Some(mask) = self.mask {
-            return Ok(mask);
-        }
-        let refused = || Self::refused(node);
-        let rows = self.sizes.max_seq_len;
-        let shape = self.target.shape_of("mask/shape", self.value(node.inputs[0])).map_err(refused())?;
-        let tokens = self.target.slice("mask/tokens", shape, 0, 1, 1).map_err(refused())?;
-        let start = self.integers("mask/start", &[0], &[])?;
-        let step = self.integers("mask/step", &[1], &[1])?;
-        let index = self.target.range("mask/index", tokens, start, step).map_err(refused())?;
-        let index = self.target.reshape("mask/index4", index, &[1, 1, -1, 1]).map_err(refused())?;
-        let past = self.target.reshape("mask/past4", past, &[-1, 1, 1, 1]).map_err(refused())?;
-        let elementwise = |name, a, b, kind| self.target.elementwise(name, a, b, kind).map_err(refused());
-        let last = elementwise("mask/last", past, index, ElementWiseOperation::Sum)?;
-        let numbers: Vec<i32> = (0..rows as i32).collect();
-        let row = self.integers("mask/row", &numbers, &[1, 1, 1, rows as i64])?;
-        let hidden = elementwise("mask/hidden", row, last, ElementWiseOperation::Greater)?;
-        let dtype = self.network.dtype;
-        let lowest = match dtype {
-            DType::Float16 => -65504.0,
-            DType::Bfloat16 => -3.38e38,
-            _ => f32::MIN,
-        };
-        let lowest = self.number("mask/lowest", lowest, dtype, 4)?;
-        let zero = self.number("mask/zero", 0.0, dtype, 4)?;
-        let mask = self.target.select("mask", hidden, lowest, zero).map_err(refused())?;
-        self.mask = Some(mask);
-        Ok(mask)
     }
 }

@@ -21,9 +21,32 @@ impl<'n> Lowering<'_, 'n, '_> {
         let query = self.target.elementwise(&name("scaled"), query, scale, ElementWiseOperation::Prod);
         let (query, key) = ((query.map_err(refused())?, MatrixOperation::None), (key, MatrixOperation::Transpose));
         let scores = self.target.matrix_multiply(&name("scores"), query, key).map_err(refused())?;
+        let scores = match self.plain_mask(node, attention)? {
+            Some(mask) => {
+                let name = name("masked");
+                self.target.elementwise(&name, scores, mask, ElementWiseOperation::Sum).map_err(refused())?
+            }
+            None => scores,
+        };
         let shares = self.target.softmax(&name("shares"), scores, 3).map_err(refused())?;
         let (shares, value) = ((shares, MatrixOperation::None), (value, MatrixOperation::None));
         let mixed = self.target.matrix_multiply(&node.path, shares, value).map_err(refused())?;
         self.by_token(node, mixed, heads * head_dim)
+    }
+
+    /// What is added to the scores.
+    fn plain_mask(
+        &mut self,
+        node: &Node,
+        attention: &Attention,
+    ) -> Result<Option<tensorrt_sys::Tensor<'n>>, LowerError> {
+        let bias = match &attention.relative_bias {
+            Some(bias) => Some(self.square_bias(node, attention, bias)?),
+            None => None,
+        };
+        match node.inputs.last().filter(|_| attention.key_lengths) {
+            Some(lengths) => Ok(Some(self.length_mask(node, self.value(*lengths), bias)?)),
+            None => Ok(bias),
+        }
     }
 }

@@ -14,6 +14,9 @@ impl<'n> Lowering<'_, 'n, '_> {
             let reason = format!("heads of {head_dim} dimensions; the plugin takes even ones up to {LARGEST_HEAD}");
             return Err(unsupported(&reason));
         }
+        if attention.relative_bias.is_some() {
+            return Err(unsupported("a bias by distance is not in the plugin yet"));
+        }
         let shape = AttentionShape {
             dtype: self.network.dtype,
             heads,

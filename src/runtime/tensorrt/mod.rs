@@ -63,7 +63,7 @@ impl Tensorrt {
         };
         let vision = directory.manifest.networks.iter().any(|name| name == "vision");
         let vision = if vision { Some(load("vision")?) } else { None };
-        let (language, config) = (load("language")?, directory.config("language")?);
+        let (language, config) = (load("language")?, directory.config(directory.language())?);
         // Every new token's position is the number of tokens before it.
         language.bind(&device, DECODE, "position_ids", "past_lengths")?;
         let history = device.allocate(STRIDE * config.build_config.max_batch_size * INT)?;

@@ -1,0 +1,126 @@
+//! BLIP-2 with T5 against the golden that transformers made, and T5 alone: name coverage, parity, the text of layers.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#[allow(dead_code, reason = "shared with tests that use more of it")]
+mod common;
+use common::*;
+use graphs::interpret::{Array, Caches, Interpreter};
+use graphs::{DType, Logits, Model, Network, cover};
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+#[test]
+fn every_tensor_is_used() {
+    let fixture = open("blip2-t5");
+    let networks = fixture.model.networks(DType::Float32, Logits::Last).unwrap();
+    let names: Vec<&str> = networks.iter().map(|network| network.name.as_str()).collect();
+    assert_eq!(names, ["vision", "encoder", "cross", "decoder"]);
+    let coverage = covered(&fixture, &networks);
+    assert_eq!((coverage.missing, coverage.unused, coverage.ignored), (vec![], vec![], vec![]));
+    assert_eq!(coverage.found.len(), 171);
+    // Without a head the embedding is the head; copies of the embedding may lie in the file.
+    let file = SafeTensors::deserialize(&fixture.weights).unwrap();
+    let copies = ["language_model.decoder.embed_tokens.weight", "language_model.encoder.embed_tokens.weight"];
+    let names = file.names().into_iter().filter(|name| !name.ends_with("lm_head.weight")).chain(copies);
+    let coverage = cover(&fixture.model, &networks, names);
+    assert_eq!((coverage.missing, coverage.unused), (vec![], vec![]));
+    assert_eq!(coverage.found["language_model.lm_head.weight"], "language_model.shared.weight");
+    assert_eq!(coverage.ignored, copies);
+}
+
+/// The prompt goes through the encoder once, then the decoder makes the golden's ids one by one.
+#[test]
+fn all_networks_agree_with_transformers() {
+    let fixture = open("blip2-t5");
+    let facts = fixture.model.facts();
+    let networks = fixture.model.networks(DType::Float32, Logits::Last).unwrap();
+    let coverage = covered(&fixture, &networks);
+    let source = Tensors { file: SafeTensors::deserialize(&fixture.weights).unwrap(), coverage: &coverage };
+    let golden = SafeTensors::deserialize(&fixture.golden).unwrap();
+    let [vision, encoder, cross, decoder] =
+        <[Network; 4]>::try_from(networks).unwrap().map(|network| Interpreter::new(network, &source).unwrap());
+    let mut none = Caches::new(vision.network(), 1, 0);
+    let pixels = Array::float([1, 3, 28, 28], floats(&golden, "pixel_values"));
+    let seen = vision.run(&BTreeMap::from([("input", pixels)]), &mut none, None).unwrap();
+    let projected = seen["output"].floats().unwrap();
+    let error = worst(projected, &floats(&golden, "projector_out"));
+    assert!(error < 1e-4, "{error}");
+    let mut ids = ints(&golden, "input_ids");
+    let places = ids.iter_mut().filter(|id| **id == 237).enumerate();
+    places.for_each(|(row, id)| *id = (facts.vocab + row) as i32);
+    // Two rows more than count: what pads a prompt must not change it.
+    let length = ids.len();
+    ids.extend([5, 6]);
+    let lengths = Array::int([1], vec![length as i32]);
+    let inputs = BTreeMap::from([
+        ("input_ids", Array::int([1, length + 2], ids)),
+        ("source_lengths", lengths.clone()),
+        ("prompt_embedding_table", Array::float([4, facts.hidden], projected.to_vec())),
+    ]);
+    let encoded = encoder.run(&inputs, &mut none, None).unwrap();
+    let mut read = cross.run(&encoded, &mut none, None).unwrap();
+    read.insert("source_lengths".into(), lengths);
+    let start = facts.decoder_start_id.unwrap() as i32;
+    let generated = [vec![start], ints(&golden, "generated")].concat();
+    let mut caches = Caches::new(decoder.network(), 1, generated.len());
+    for (past, pair) in generated.windows(2).enumerate() {
+        let own = [
+            ("input_ids", Array::int([1, 1], vec![pair[0]])),
+            ("past_lengths", Array::int([1], vec![past as i32])),
+            ("sequence_lengths", Array::int([1], vec![past as i32 + 1])),
+            ("last_token_ids", Array::int([1], vec![0])),
+        ];
+        let mut inputs = read.clone();
+        inputs.extend(own.map(|(name, array)| (name.to_owned(), array)));
+        let outputs = decoder.run(&inputs, &mut caches, None).unwrap();
+        let logits = outputs["logits"].floats().unwrap();
+        if past == 0 {
+            let error = worst(logits, &floats(&golden, "logits"));
+            assert!(error < 1e-4, "{error}");
+        }
+        let best = (0..facts.vocab).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+        assert_eq!(best as i32, pair[1], "token {past}");
+    }
+}
+
+fn config(changes: Value) -> Value {
+    let mut config = json!({
+        "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "d_model": 32, "d_ff": 48, "d_kv": 8,
+        "num_heads": 4, "num_layers": 1, "vocab_size": 64,
+    });
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    config
+}
+
+#[test]
+fn one_layer_as_text() {
+    let networks = open("blip2-t5").model.networks(DType::Float16, Logits::Last).unwrap();
+    insta::assert_snapshot!("encoder_block", lines(&networks[1], " language_model.encoder.block.1."));
+    insta::assert_snapshot!("cross_block", lines(&networks[2], " language_model.decoder.block.1."));
+    insta::assert_snapshot!("decoder_block", lines(&networks[3], " language_model.decoder.block.1."));
+}
+
+#[test]
+fn heads_are_scaled_as_the_config_says() {
+    let scaled = |changes: Value| {
+        let networks = Model::from_config(&config(changes)).unwrap().networks(DType::Float32, Logits::Last).unwrap();
+        networks[2].nodes.iter().any(|node| node.op.name() == "scale")
+    };
+    assert!(scaled(json!({})));
+    assert!(!scaled(json!({ "tie_word_embeddings": false })));
+    assert!(!scaled(json!({ "scale_decoder_outputs": false })));
+}
+
+#[test]
+fn configs_that_do_not_fit_are_refused() {
+    for (changes, wanted) in [
+        (json!({ "feed_forward_proj": "gated-tanh" }), "feed_forward_proj"),
+        (json!({ "relative_attention_num_buckets": 2 }), "relative_attention_num_buckets"),
+        (json!({ "relative_attention_max_distance": 16 }), "relative_attention_num_buckets"),
+        (json!({ "decoder_start_token_id": -1 }), "decoder_start_token_id"),
+        (json!({ "d_kv": 0 }), "d_kv"),
+    ] {
+        let error = Model::from_config(&config(changes)).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{wanted}: {error}");
+    }
+}

@@ -1,0 +1,142 @@
+//! Additive masks of attention: what a query must not see, and T5's bias by distance.
+use super::Value;
+use crate::lower::{LowerError, Lowering};
+use graphs::{Attention, DType, Node, RelativeBias};
+use tensorrt_sys as trt;
+use trt::ElementWiseOperation;
+
+impl<'n> Lowering<'_, 'n, '_> {
+    /// 0, or the relative bias, where cache row r <= past + i for new token i, else the lowest number:
+    /// `[batch, 1 or heads, tokens, rows]`. One for all layers. The native causal masks align to the cache's end, not to
+    /// each request's own length.
+    pub(super) fn cache_mask(&mut self, node: &Node, attention: &Attention, past: trt::Tensor<'n>) -> Value<'n> {
+        if let Some(mask) = self.mask {
+            return Ok(mask);
+        }
+        let rows = self.sizes.max_seq_len;
+        let index = self.token_index(node, "mask")?;
+        let past = self.target.reshape("mask/past4", past, &[-1, 1, 1, 1]).map_err(Self::refused(node))?;
+        let last = self.arithmetic(node, "mask/last", past, index, ElementWiseOperation::Sum)?;
+        let numbers: Vec<i32> = (0..rows as i32).collect();
+        let row = self.integers("mask/row", &numbers, &[1, 1, 1, rows as i64])?;
+        let hidden = self.arithmetic(node, "mask/hidden", row, last, ElementWiseOperation::Greater)?;
+        let seen = match &attention.relative_bias {
+            Some(bias) => self.bias(node, attention, bias, "mask", row, last)?,
+            None => self.number("mask/zero", 0.0, self.network.dtype, 4)?,
+        };
+        let mask = self.hide(node, "mask", hidden, seen)?;
+        self.mask = Some(mask);
+        Ok(mask)
+    }
+
+    /// The relative bias of attention without a cache, `[1, heads, tokens, tokens]`; one for all layers.
+    pub(super) fn square_bias(&mut self, node: &Node, attention: &Attention, bias: &RelativeBias) -> Value<'n> {
+        if let Some(mask) = self.mask {
+            return Ok(mask);
+        }
+        let query = self.token_index(node, "bias")?;
+        let key = self.target.reshape("bias/key", query, &[1, 1, 1, -1]).map_err(Self::refused(node))?;
+        let mask = self.bias(node, attention, bias, "bias", key, query)?;
+        self.mask = Some(mask);
+        Ok(mask)
+    }
+
+    /// The lowest number where key k >= lengths, else `seen` (0 where there is none): `[batch, 1 or heads, 1, keys]`.
+    pub(super) fn length_mask(
+        &self,
+        node: &Node,
+        lengths: trt::Tensor<'n>,
+        seen: Option<trt::Tensor<'n>>,
+    ) -> Value<'n> {
+        let name = |part: &str| format!("{}/{part}", node.path);
+        let shape = self.target.shape_of(&name("shape"), self.value(node.inputs[1])).map_err(Self::refused(node))?;
+        let keys = self.target.slice(&name("keys"), shape, 0, 1, 1).map_err(Self::refused(node))?;
+        let start = self.integers(&name("start"), &[0], &[])?;
+        let step = self.integers(&name("step"), &[1], &[1])?;
+        let index = self.target.range(&name("index"), keys, start, step).map_err(Self::refused(node))?;
+        let index = self.target.reshape(&name("index4"), index, &[1, 1, 1, -1]).map_err(Self::refused(node))?;
+        let one = self.integers(&name("one"), &[1], &[1, 1, 1, 1])?;
+        let lengths = self.target.reshape(&name("lengths4"), lengths, &[-1, 1, 1, 1]).map_err(Self::refused(node))?;
+        let last = self.arithmetic(node, &name("last"), lengths, one, ElementWiseOperation::Sub)?;
+        let hidden = self.arithmetic(node, &name("hidden"), index, last, ElementWiseOperation::Greater)?;
+        let seen = match seen {
+            Some(seen) => seen,
+            None => self.number(&name("zero"), 0.0, self.network.dtype, 4)?,
+        };
+        self.hide(node, &name("mask"), hidden, seen)
+    }
+
+    /// 0, 1, 2 ... as many as the query has tokens, int32 `[1, 1, tokens, 1]`.
+    fn token_index(&self, node: &Node, prefix: &str) -> Value<'n> {
+        let name = |part: &str| format!("{prefix}/{part}");
+        let shape = self.target.shape_of(&name("shape"), self.value(node.inputs[0])).map_err(Self::refused(node))?;
+        let tokens = self.target.slice(&name("tokens"), shape, 0, 1, 1).map_err(Self::refused(node))?;
+        let start = self.integers(&name("start"), &[0], &[])?;
+        let step = self.integers(&name("step"), &[1], &[1])?;
+        let index = self.target.range(&name("index"), tokens, start, step).map_err(Self::refused(node))?;
+        self.target.reshape(&name("index4"), index, &[1, 1, -1, 1]).map_err(Self::refused(node))
+    }
+
+    /// The bias of each key for each query by their places, `[1 or batch, 1, 1, keys]` and `[1 or batch, 1, queries, 1]`,
+    /// from a table over all distances that the engine's sizes allow.
+    fn bias(
+        &self,
+        node: &Node,
+        attention: &Attention,
+        bias: &RelativeBias,
+        prefix: &str,
+        key: trt::Tensor<'n>,
+        query: trt::Tensor<'n>,
+    ) -> Value<'n> {
+        let name = |part: &str| format!("{prefix}/{part}");
+        let reach = self.sizes.max_seq_len.max(self.sizes.max_input_len) as i64;
+        let table = self.constants.get(&bias.weight.key())?;
+        let values = quant::to_f32(table.dtype, table.bytes);
+        let heads = attention.heads;
+        let of = |head: usize| {
+            let values = &values;
+            (1 - reach..reach).map(move |distance| values.get(bias.bucket(distance) * heads + head).copied())
+        };
+        let spread: Option<Vec<f32>> = (0..heads).flat_map(of).collect();
+        let short =
+            || LowerError::Unsupported { path: node.path.clone(), reason: "its bias table is too short".into() };
+        let dtype = self.network.dtype;
+        let bytes = self.constants.floats(dtype, &spread.ok_or_else(short)?);
+        let sizes = [heads as i64, 2 * reach - 1];
+        let table = self.target.constant(&name("by_distance"), crate::lower::data_type(dtype), &sizes, bytes)?;
+        let offset = self.integers(&name("offset"), &[reach as i32 - 1], &[1, 1, 1])?;
+        let zero = self.integers(&name("nearest"), &[0], &[1, 1, 1])?;
+        let furthest = self.integers(&name("furthest"), &[2 * reach as i32 - 2], &[1, 1, 1])?;
+        let key = self.target.reshape(&name("key3"), key, &[0, 1, -1]).map_err(Self::refused(node))?;
+        let query = self.target.reshape(&name("query3"), query, &[0, -1, 1]).map_err(Self::refused(node))?;
+        let distance = self.arithmetic(node, &name("distance"), key, query, ElementWiseOperation::Sub)?;
+        let place = self.arithmetic(node, &name("place"), distance, offset, ElementWiseOperation::Sum)?;
+        // Rows of a prompt's padding lie past the end; nobody reads them.
+        let place = self.arithmetic(node, &name("place_from_0"), place, zero, ElementWiseOperation::Max)?;
+        let place = self.arithmetic(node, &name("place_in_table"), place, furthest, ElementWiseOperation::Min)?;
+        let found = self.target.gather(&name("by_head"), table, place, 1).map_err(Self::refused(node))?;
+        self.target.transpose(&name("bias"), found, &[1, 0, 2, 3]).map_err(Self::refused(node))
+    }
+
+    fn hide(&self, node: &Node, name: &str, hidden: trt::Tensor<'n>, seen: trt::Tensor<'n>) -> Value<'n> {
+        let dtype = self.network.dtype;
+        let lowest = match dtype {
+            DType::Float16 => -65504.0,
+            DType::Bfloat16 => -3.38e38,
+            _ => f32::MIN,
+        };
+        let lowest = self.number(&format!("{name}/lowest"), lowest, dtype, 4)?;
+        self.target.select(name, hidden, lowest, seen).map_err(Self::refused(node))
+    }
+
+    fn arithmetic(
+        &self,
+        node: &Node,
+        name: &str,
+        a: trt::Tensor<'n>,
+        b: trt::Tensor<'n>,
+        operation: ElementWiseOperation,
+    ) -> Value<'n> {
+        self.target.elementwise(name, a, b, operation).map_err(Self::refused(node))
+    }
+}
