@@ -43,10 +43,18 @@ fn llava_generates_what_transformers_generates() {
 
 #[test]
 fn blip2_generates_what_transformers_generates() {
+    for (name, network, positions) in
+        [("blip2-opt", "language", "learned_absolute"), ("blip2-t5", "decoder", "relative")]
+    {
+        blip2_generates(name, network, positions);
+    }
+}
+
+fn blip2_generates(name: &str, network: &str, positions: &str) {
     let root = tempfile::tempdir().unwrap();
-    let (picture, prompt, wanted) = golden("blip2-opt", root.path());
+    let (picture, prompt, wanted) = golden(name, root.path());
     let output = root.path().join("engines");
-    build_reference(&fixture("blip2-opt"), &output, &["--max-batch-size", "2"]);
+    build_reference(&fixture(name), &output, &["--max-batch-size", "2"]);
     let count = wanted.len().to_string();
     let ask = |pictures: &[&str], prompts: &[&str]| {
         let all = [&["--image"], pictures, &["--prompt"], prompts, &["--max-new-tokens", &count]].concat();
@@ -66,11 +74,33 @@ fn blip2_generates_what_transformers_generates() {
     let (code, text) = refuse(&["run", output.to_str().unwrap(), "--image", &picture, "--prompt", "<image> Why?"]);
     assert!(code == 1 && text.contains("wanted none: pictures come before the whole prompt"), "{text}");
     let config: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(output.join("language/config.json")).unwrap()).unwrap();
+        serde_json::from_slice(&std::fs::read(output.join(network).join("config.json")).unwrap()).unwrap();
     let config = &config["pretrained_config"];
     assert_eq!(config["architecture"], json!("Blip2ForConditionalGeneration"));
-    assert_eq!(config["position_embedding_type"], json!("learned_absolute"));
+    assert_eq!(config["position_embedding_type"], json!(positions));
     assert_eq!(config["multimodal"]["prompt_template"], json!("blip2"));
+}
+
+/// As for OPT below: the encoder and decoder alone say what they say inside of BLIP-2 without a picture.
+#[test]
+fn t5_runs_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let (whole, alone) = (root.path().join("whole"), root.path().join("t5"));
+    build_reference(&fixture("blip2-t5"), &whole, &["--max-batch-size", "2"]);
+    language_alone("blip2-t5", &alone);
+    let output = root.path().join("alone");
+    build_reference(&alone, &output, &["--max-batch-size", "2"]);
+    let ask = |output: &Path| {
+        let both = run(output, &["--prompt", "a photo of a cat", "Why?", "--max-new-tokens", "6"]);
+        let one = run(output, &["--prompt", "Why?", "--max-new-tokens", "6"]);
+        assert_eq!(ids(&both[1]), ids(&one[0]), "a batch");
+        both.iter().map(ids).collect::<Vec<_>>()
+    };
+    assert_eq!(ask(&whole), ask(&output));
+    let quantized = root.path().join("quantized");
+    build_reference(&alone, &quantized, &["--quant", "int4-g16"]);
+    let names: Vec<_> = ["encoder", "cross", "decoder"].map(|name| quantized.join(name).join("network.txt")).to_vec();
+    assert!(names.iter().all(|path| std::fs::read_to_string(path).unwrap().contains("int4")));
 }
 
 /// The language part of the fixture as a checkpoint of its own gives what it gives inside of BLIP-2 without a picture; with

@@ -64,6 +64,19 @@ fn blip2_and_opt_alone_build() {
 }
 
 #[test]
+fn blip2_with_t5_builds() {
+    let root = tempfile::tempdir().unwrap();
+    for (dtype, quant) in [("float16", "none"), ("bfloat16", "int8"), ("float16", "int4-g16")] {
+        let output = root.path().join(format!("{dtype}-{quant}"));
+        let flags = ["--dtype", dtype, "--quant", quant, "--gpu", "sm89,sm120", "--max-batch-size", "2"];
+        build(&fixture("blip2-t5"), &output, &flags);
+        for engine in ["vision/model", "encoder/rank0", "cross/rank0", "decoder/rank0"] {
+            assert!(output.join(format!("{engine}.engine")).is_file(), "{engine}");
+        }
+    }
+}
+
+#[test]
 fn other_shapes_build() {
     let root = tempfile::tempdir().unwrap();
     let changes = [

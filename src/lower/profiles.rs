@@ -20,10 +20,16 @@ fn limit(axis: Axis, sizes: &Sizes, decode: bool) -> usize {
     }
 }
 
-/// One list of ranges per profile. A range (1, (M + 1) / 2, M) is TensorRT-LLM's.
+/// One list of ranges per profile: prefill and decode where there is a cache. A range (1, (M + 1) / 2, M) is TensorRT-LLM's.
 pub fn profiles(network: &Network, sizes: &Sizes) -> Vec<Vec<ShapeRange>> {
     let caches = network.caches();
-    let kinds: &[bool] = if caches.is_empty() { &[false] } else { &[false, true] };
+    let of = |axis: Axis| network.inputs().any(|node| node.ty.shape.contains(&axis.into()));
+    let kinds: &[bool] = match caches.is_empty() {
+        true => &[false],
+        // A decoder behind an encoder starts with one token.
+        false if of(Axis::Source) => &[true],
+        false => &[false, true],
+    };
     kinds.iter().map(|&decode| profile(network, sizes, decode)).collect()
 }
 

@@ -184,7 +184,8 @@ pub(crate) fn language_alone(name: &str, folder: &Path) {
     }
     let config: Value = serde_json::from_slice(&std::fs::read(fixture(name).join("config.json")).unwrap()).unwrap();
     let mut config = config["text_config"].clone();
-    config["architectures"] = json!(["OPTForCausalLM"]);
+    let t5 = config["model_type"] == "t5";
+    config["architectures"] = json!([if t5 { "T5ForConditionalGeneration" } else { "OPTForCausalLM" }]);
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let bytes = std::fs::read(fixture(name).join("model.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
