@@ -48,7 +48,9 @@ fn every_type_and_scheme_builds() {
 #[test]
 fn blip2_and_opt_alone_build() {
     let root = tempfile::tempdir().unwrap();
-    for (dtype, quant, vision) in [("float16", "none", "none"), ("float16", "int4-g16", "int4-g16")] {
+    for (dtype, quant, vision) in
+        [("float16", "none", "none"), ("float16", "int4-g16", "int4"), ("bfloat16", "int8", "int8")]
+    {
         let output = root.path().join(format!("{dtype}-{quant}-{vision}"));
         let flags = ["--dtype", dtype, "--quant", quant, "--vision-quant", vision, "--gpu", "sm89,sm120"];
         build(&fixture("blip2-opt"), &output, &[&flags[..], &["--max-batch-size", "2"]].concat());
