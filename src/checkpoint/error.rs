@@ -45,7 +45,7 @@ pub enum CheckpointError {
     #[error("`{}`: {fault}", file.display())]
     Header { file: PathBuf, fault: HeaderFault },
     #[error("`{}`: {fault}", file.display())]
-    Bin { file: PathBuf, fault: BinFault },
+    Bin { file: PathBuf, fault: Box<BinFault> },
     #[error("`{}` has no tensor `{tensor}`", folder.display())]
     NoTensor { folder: PathBuf, tensor: String, nearest: Option<String> },
     #[error("bytes {begin}..{end} of tensor `{tensor}` in `{}` were asked for, it has {found}", file.display())]

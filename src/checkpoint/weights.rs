@@ -250,7 +250,7 @@ fn read_header(path: &Path, file: &File, file_bytes: u64) -> Result<BTreeMap<Str
     if path.extension().is_some_and(|ending| ending == "bin") {
         return torch_bin::tensors(file, file_bytes).map_err(|fault| match fault {
             BinFault::Read(source) => failed(source),
-            fault => CheckpointError::Bin { file: path.to_owned(), fault },
+            fault => CheckpointError::Bin { file: path.to_owned(), fault: Box::new(fault) },
         });
     }
     file.read_exact_at(&mut start, 0).map_err(failed)?;
