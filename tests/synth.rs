@@ -169,13 +169,24 @@ fn a_named_shape_has_the_statistics_of_its_kinds() {
 }
 
 #[test]
+fn other_families_run_too() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("checkpoint");
+    synth(fixture("blip2-opt").to_str().unwrap(), &folder, &["--layers", "3"]);
+    let source = open(&folder);
+    assert_eq!(source.facts().layers, 3);
+    let largest = largest(&source, DType::Float16);
+    assert!(largest["vision"] < 100.0 && largest["language"] < 100.0, "{largest:?}");
+}
+
+#[test]
 fn what_cannot_be_written_is_refused() {
     let root = tempfile::tempdir().unwrap();
     let path = |name: &str| root.path().join(name).display().to_string();
     let full = path("full");
     std::fs::create_dir(&full).unwrap();
     std::fs::write(path("full/file"), "kept").unwrap();
-    std::fs::write(path("opt.json"), json!({ "architectures": ["OPTForCausalLM"] }).to_string()).unwrap();
+    std::fs::write(path("gpt.json"), json!({ "architectures": ["GPT2LMHeadModel"] }).to_string()).unwrap();
     std::fs::write(path("broken.json"), "{").unwrap();
     std::fs::write(path("tiny.json"), llama_config(json!({ "vocab_size": 200 })).to_string()).unwrap();
     let cases: [(&[&str], i32, &str); 9] = [
@@ -185,7 +196,7 @@ fn what_cannot_be_written_is_refused() {
         (&["smollm2-135m", "-o", "x", "--dtype", "int8"], 2, "wanted float16, bfloat16 or float32"),
         (&["smollm2-135m", "-o", "x", "--dtype", "auto"], 2, "wanted float16, bfloat16 or float32"),
         (&["smollm2-135m", "-o", "x", "--layers", "0"], 1, "num_hidden_layers"),
-        (&[&path("opt.json"), "-o", "x"], 1, "`OPTForCausalLM` is not supported"),
+        (&[&path("gpt.json"), "-o", "x"], 1, "`GPT2LMHeadModel` is not supported"),
         (&[&path("broken.json"), "-o", "x"], 1, "is not valid JSON"),
         (&[&path("tiny.json"), "-o", "x"], 1, "a vocabulary of 200 is too small"),
     ];

@@ -6,7 +6,7 @@ use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 
 /// Name, and config.json as on the hub.
-const SHAPES: [(&str, &str); 7] = [
+const SHAPES: [(&str, &str); 9] = [
     // llava-hf/llava-1.5-7b-hf
     (
         "llava-1.5-7b",
@@ -235,6 +235,71 @@ const SHAPES: [(&str, &str); 7] = [
             "vocab_size": 49152
         }"#,
     ),
+    // facebook/opt-2.7b
+    (
+        "opt-2.7b",
+        r#"{
+            "_remove_final_layer_norm": false,
+            "activation_function": "relu",
+            "architectures": ["OPTForCausalLM"],
+            "bos_token_id": 2,
+            "do_layer_norm_before": true,
+            "eos_token_id": 2,
+            "ffn_dim": 10240,
+            "hidden_size": 2560,
+            "max_position_embeddings": 2048,
+            "model_type": "opt",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "pad_token_id": 1,
+            "prefix": "</s>",
+            "torch_dtype": "float16",
+            "vocab_size": 50272,
+            "word_embed_proj_dim": 2560
+        }"#,
+    ),
+    // Salesforce/blip2-opt-2.7b
+    (
+        "blip2-opt-2.7b",
+        r#"{
+            "architectures": ["Blip2ForConditionalGeneration"],
+            "image_text_hidden_size": 256,
+            "image_token_index": 50265,
+            "initializer_factor": 1.0,
+            "initializer_range": 0.02,
+            "model_type": "blip-2",
+            "num_query_tokens": 32,
+            "qformer_config": {
+                "classifier_dropout": null,
+                "model_type": "blip_2_qformer"
+            },
+            "text_config": {
+                "_name_or_path": "facebook/opt-2.7b",
+                "activation_dropout": 0.0,
+                "architectures": ["OPTForCausalLM"],
+                "eos_token_id": 50118,
+                "ffn_dim": 10240,
+                "hidden_size": 2560,
+                "model_type": "opt",
+                "num_attention_heads": 32,
+                "num_hidden_layers": 32,
+                "prefix": "</s>",
+                "torch_dtype": "float16",
+                "vocab_size": 50304,
+                "word_embed_proj_dim": 2560
+            },
+            "torch_dtype": "float32",
+            "transformers_version": "4.47.0.dev0",
+            "use_decoder_only_language_model": true,
+            "vision_config": {
+                "dropout": 0.0,
+                "initializer_factor": 1.0,
+                "model_type": "blip_2_vision_model",
+                "num_channels": 3,
+                "projection_dim": 512
+            }
+        }"#,
+    ),
 ];
 
 /// The config of a known shape, of a config.json, or of the folder of one. A known name wins over a path, as runs leave
@@ -297,6 +362,8 @@ mod tests {
             ("llama-3.1-8b", 8030),
             ("tinyllama-1.1b", 1100),
             ("smollm2-135m", 134),
+            ("opt-2.7b", 2651),
+            ("blip2-opt-2.7b", 3744),
         ];
         assert_eq!(found, wanted);
     }
