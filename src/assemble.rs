@@ -1,6 +1,6 @@
 //! A directory from compiled networks: weights, engines, processor files, manifest.
 use crate::builder::{BuildEvent, BuildFailure, BuiltEngine, ConstantPlace, EngineSpec, LocalSpec, Supervisor};
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::compile::Compiled;
 use crate::engine_dir::manifest::{self, Manifest, TargetEntry};
 use crate::engine_dir::{DirectoryError, EngineConfig, FileEntry, PROCESSOR, Staging};
@@ -114,7 +114,7 @@ pub fn assemble(
     }
     staging.discard(WORK)?;
     copy_processor(compiled, &staging)?;
-    compiled.source.checkpoint.unchanged()?;
+    compiled.source.checkpoints().try_for_each(Checkpoint::unchanged)?;
     let mut targets = BTreeMap::new();
     if assembly.reference {
         targets.insert("reference".to_owned(), TargetEntry::default());
@@ -205,7 +205,7 @@ fn store(
 fn mapped(compiled: &Compiled, weight: &Weight) -> Option<ConstantPlace> {
     let Weight::Tensor { name, .. } = weight else { return None };
     let (_, entry) = compiled.source.tensor(name)?;
-    let file = compiled.source.checkpoint.weights().path_of(entry)?;
+    let file = compiled.source.file_of(name)?;
     let aligned = entry.offset.is_multiple_of(8);
     (entry.dtype == compiled.dtype && aligned).then(|| ConstantPlace {
         file: file.to_path_buf(),
@@ -247,8 +247,9 @@ fn build(
 /// What a run reads besides the engines.
 fn copy_processor(compiled: &Compiled, staging: &Staging) -> Result<(), AssembleError> {
     for name in crate::processor::FILES {
-        let from = compiled.source.checkpoint.folder().join(name);
-        if from.is_file() {
+        // What the model itself lacks may lie with its language part.
+        let mut files = compiled.source.checkpoints().map(|checkpoint| checkpoint.folder().join(name));
+        if let Some(from) = files.find(|file| file.is_file()) {
             let to = staging.place(&format!("{PROCESSOR}/{name}"))?;
             std::fs::copy(&from, &to).map_err(DirectoryError::io("copy", &from))?;
         }

@@ -91,6 +91,9 @@ pub enum Command {
 pub struct ModelOptions {
     /// A checkpoint's folder, or its id on the hub (ORG/NAME, hf://ORG/NAME@REVISION)
     pub model: String,
+    /// Take the language part from another checkpoint: BLIP-2's OPT
+    #[arg(long, value_name = "MODEL")]
+    pub language: Option<String>,
     /// Kinds of engines
     #[arg(long, value_enum, value_delimiter = ',', default_value = "rtx,reference")]
     pub target: Vec<Target>,

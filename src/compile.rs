@@ -43,6 +43,8 @@ impl CompileError {
 pub struct Request {
     /// A folder or a hub id.
     pub model: String,
+    /// Likewise, of the language part where that is a checkpoint of its own.
+    pub language: Option<String>,
     /// The checkpoint's own type where nothing is asked for.
     pub dtype: Option<DType>,
     /// Preset or recipe file of the language network.
@@ -76,8 +78,12 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     }
     let language = Recipe::load(&request.quant)?;
     let vision = Recipe::load(&request.vision_quant)?;
-    let checkpoint = Checkpoint::open(&request.model, options).map_err(ModelError::from)?;
-    let source = ModelSource::new(checkpoint)?;
+    let open = |model: &str| Checkpoint::open(model, options).map_err(ModelError::from);
+    let checkpoint = open(&request.model)?;
+    let source = match &request.language {
+        Some(language) => ModelSource::with_language(checkpoint, open(language)?)?,
+        None => ModelSource::new(checkpoint)?,
+    };
     let sizes = request.sizes.resolve(&source.facts())?;
     let dtype = request.dtype.unwrap_or_else(|| source.dtype());
     let networks = source.networks(dtype, request.logits)?;

@@ -4,6 +4,7 @@ use graphs::interpret::Values;
 use graphs::{Coverage, DType, Facts, GraphError, Logits, Model, Network, Weight, cover};
 use quant::{Entry, Source, SourceError};
 use std::fmt::Write;
+use std::path::Path;
 use thiserror::Error;
 
 /// Faults listed one by one before the rest is only counted.
@@ -15,6 +16,8 @@ pub enum ModelError {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Graph(#[from] GraphError),
+    #[error("`{language}` is no language part for `{model}`")]
+    Language { model: String, language: String, source: GraphError },
     #[error("the weights in `{folder}` do not fit config.json:{}", list(.faults))]
     Misfit { folder: String, faults: Vec<Fault> },
 }
@@ -47,6 +50,7 @@ impl ModelError {
         match self {
             ModelError::Checkpoint(error) => error.hint(),
             ModelError::Graph(error) => error.hint(),
+            ModelError::Language { .. } => Some("--language takes the checkpoint that the model was made of".into()),
             ModelError::Misfit { .. } => {
                 Some("the config must be the one that belongs to the weights, and every shard must be there".into())
             }
@@ -60,6 +64,8 @@ pub struct ModelSource {
     pub checkpoint: Checkpoint,
     pub model: Model,
     coverage: Coverage,
+    /// Where the language part's tensors come from, if not from `checkpoint`.
+    language: Option<Box<ModelSource>>,
 }
 
 impl ModelSource {
@@ -75,7 +81,48 @@ impl ModelSource {
         if !faults.is_empty() {
             return Err(ModelError::Misfit { folder: checkpoint.folder().display().to_string(), faults });
         }
-        Ok(ModelSource { checkpoint, model, coverage })
+        Ok(ModelSource { checkpoint, model, coverage, language: None })
+    }
+
+    /// The same with the language part of another checkpoint, which is checked by itself and must fit. Tensors of the
+    /// language part that lie in `checkpoint` too are ignored.
+    ///
+    /// # Errors
+    /// As [`ModelSource::new`], and two that do not belong together.
+    pub fn with_language(checkpoint: Checkpoint, language: Checkpoint) -> Result<ModelSource, ModelError> {
+        let other = ModelSource::new(language)?;
+        let folder = |checkpoint: &Checkpoint| checkpoint.folder().display().to_string();
+        let model = Model::from_config(checkpoint.config())?.with_language(other.model.clone()).map_err(|source| {
+            let (model, language) = (folder(&checkpoint), folder(&other.checkpoint));
+            ModelError::Language { model, language, source }
+        })?;
+        let mut networks = model.networks(DType::Float32, Logits::Last)?;
+        networks.retain(|network| network.name == "vision");
+        let prefix = model.language_prefix();
+        let (theirs, own): (Vec<&str>, Vec<&str>) =
+            checkpoint.tensors().map(|(name, _)| name).partition(|name| name.starts_with(prefix));
+        let mut coverage = cover(&model, &networks, own.into_iter());
+        coverage.ignored.extend(theirs.into_iter().map(str::to_owned));
+        let faults = faults(&checkpoint, &networks, &coverage);
+        if !faults.is_empty() {
+            return Err(ModelError::Misfit { folder: folder(&checkpoint), faults });
+        }
+        let found = other.coverage.found.iter().map(|(name, stored)| (format!("{prefix}{name}"), stored.clone()));
+        coverage.found.extend(found);
+        Ok(ModelSource { checkpoint, model, coverage, language: Some(Box::new(other)) })
+    }
+
+    /// Every checkpoint that the model is read from; the one that it is named by comes first.
+    pub fn checkpoints(&self) -> impl Iterator<Item = &Checkpoint> {
+        std::iter::once(&self.checkpoint).chain(self.language.iter().map(|other| &other.checkpoint))
+    }
+
+    /// The checkpoint that holds a tensor.
+    fn holder(&self, name: &str) -> &Checkpoint {
+        match &self.language {
+            Some(other) if name.starts_with(self.model.language_prefix()) => &other.checkpoint,
+            _ => &self.checkpoint,
+        }
     }
 
     /// # Errors
@@ -91,7 +138,7 @@ impl ModelSource {
     /// The type that most of the weights are stored in.
     pub fn dtype(&self) -> DType {
         let bytes_of = |dtype| {
-            let tensors = self.checkpoint.tensors().filter(|(_, entry)| entry.dtype == dtype);
+            let tensors = self.checkpoints().flat_map(Checkpoint::tensors).filter(|(_, entry)| entry.dtype == dtype);
             tensors.map(|(_, entry)| entry.bytes).sum::<u64>()
         };
         let types = [DType::Float32, DType::Float16, DType::Bfloat16];
@@ -101,7 +148,13 @@ impl ModelSource {
     /// Where a tensor lies, by its canonical name.
     pub fn tensor(&self, name: &str) -> Option<(&str, &TensorEntry)> {
         let stored = self.coverage.found.get(name)?;
-        self.checkpoint.tensor(stored).map(|entry| (stored.as_str(), entry))
+        self.holder(name).tensor(stored).map(|entry| (stored.as_str(), entry))
+    }
+
+    /// The file that a tensor lies in, by its canonical name.
+    pub fn file_of(&self, name: &str) -> Option<&Path> {
+        let (_, entry) = self.tensor(name)?;
+        self.holder(name).weights().path_of(entry)
     }
 
     pub fn coverage(&self) -> &Coverage {
@@ -140,7 +193,7 @@ impl Source for ModelSource {
 
     fn read(&self, name: &str, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
         let stored = self.coverage.found.get(name).map_or(name, String::as_str);
-        self.checkpoint.read_into(stored, offset, buffer).map_err(SourceError::new)
+        self.holder(name).read_into(stored, offset, buffer).map_err(SourceError::new)
     }
 }
 

@@ -129,6 +129,47 @@ fn opt_runs_alone() {
     }
 }
 
+/// The vision part in one folder and OPT in another give what the whole checkpoint gives; the whole's own language part is
+/// then left alone, and what does not fit is refused.
+#[test]
+fn the_language_part_may_lie_apart() {
+    let root = tempfile::tempdir().unwrap();
+    let path = |name: &str| root.path().join(name);
+    let text = |name: &str| path(name).display().to_string();
+    let (picture, prompt, wanted) = golden("blip2-opt", root.path());
+    let opt = path("opt");
+    language_alone("blip2-opt", &opt);
+    part_of("blip2-opt", &path("vision"), |name| (!name.starts_with("language_model.")).then_some(name));
+    for name in ["preprocessor_config.json", "processor_config.json", "config.json", "generation_config.json"] {
+        std::fs::copy(fixture("blip2-opt").join(name), path("vision").join(name)).unwrap();
+    }
+    let count = wanted.len().to_string();
+    for (number, vision) in [path("vision"), fixture("blip2-opt")].iter().enumerate() {
+        let output = path(&format!("engines-{number}"));
+        build_reference(vision, &output, &["--language", &text("opt")]);
+        let found = run(&output, &["--image", &picture, "--prompt", &prompt, "--max-new-tokens", &count]);
+        assert_eq!(ids(&found[0]), wanted);
+        let manifest = String::from_utf8(std::fs::read(output.join("manifest.json")).unwrap()).unwrap();
+        assert!(manifest.contains("--language opt"), "{manifest}");
+    }
+    let (whole, llava) = (fixture("blip2-opt").display().to_string(), fixture("llava-hf").display().to_string());
+    for (name, changes) in [("wide", json!({})), ("words", json!({ "hidden_size": 48, "vocab_size": 600 }))] {
+        let config = opt_config(changes);
+        write_checkpoint(&path(name), &config, &random_tensors(&config), DType::Float32, 1);
+    }
+    for (model, language, wanted) in [
+        (&whole, text("wide"), "`hidden_size`: the pictures come as 48, the language model has 64"),
+        (&whole, text("words"), "`vocab_size`: the tokens are of 336, the language model has 600"),
+        (&whole, llava.clone(), "`llava` cannot be the language part of `blip-2`"),
+        (&llava, text("opt"), "`opt` cannot be the language part of `llava`"),
+        (&text("vision"), String::new(), "tensor `language_model.model.decoder.embed_positions.weight` is missing"),
+    ] {
+        let flags = ["plan", model, "--language", &language];
+        let (code, text) = refuse(if language.is_empty() { &flags[..2] } else { &flags });
+        assert!(code == 1 && text.contains(wanted), "{code} {text}");
+    }
+}
+
 #[test]
 fn two_builds_are_equal_byte_for_byte() {
     let root = tempfile::tempdir().unwrap();

@@ -2,7 +2,7 @@
 use crate::assemble::{Assembly, EngineTarget, Event, assemble};
 use crate::backend::{self, Kind};
 use crate::builder::{BuildEvent, LocalSpec, Supervisor};
-use crate::checkpoint::{Download, HubSettings, Options};
+use crate::checkpoint::{Checkpoint, Download, HubSettings, Options};
 use crate::cli::{BuildArgs, ModelOptions, Target};
 use crate::compile::{Compiled, Request, compile};
 use crate::engine_dir::{Manifest, SizeRequest};
@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 pub(super) fn request(options: &ModelOptions) -> Request {
     Request {
         model: options.model.clone(),
+        language: options.language.clone(),
         dtype: options.dtype.0,
         quant: options.quant.clone(),
         vision_quant: options.vision_quant.clone(),
@@ -131,9 +132,10 @@ pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<C
     drop(bar.take());
     let source = &compiled.source;
     let (found, ignored) = (source.coverage().found.len(), source.coverage().ignored.len());
-    let text = format!("{}: {found} tensors used, {ignored} known to be unused", request.model);
+    let language = request.language.as_ref().map(|language| format!(" and {language}")).unwrap_or_default();
+    let text = format!("{}{language}: {found} tensors used, {ignored} known to be unused", request.model);
     printer.status("Reading", &text);
-    for warning in source.checkpoint.warnings() {
+    for warning in source.checkpoints().flat_map(Checkpoint::warnings) {
         printer.warning(&warning);
     }
     for note in source.checkpoint.notes() {
@@ -187,6 +189,9 @@ fn command(args: &BuildArgs) -> String {
     let gpus: Vec<String> = gpus(options).iter().map(|gpu| format!("sm{gpu}")).collect();
     let dtype = options.dtype.0.map_or("auto", graphs::DType::name);
     let mut text = format!("trtvlm build {} -o DIR --target {}", name(&options.model), targets.join(","));
+    if let Some(language) = &options.language {
+        text += &format!(" --language {}", name(language));
+    }
     if options.target.contains(&Target::Rtx) || !options.target.contains(&Target::Tensorrt) {
         text += &format!(" --gpu {}", gpus.join(","));
     }

@@ -89,6 +89,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
     BuildArgs {
         options: ModelOptions {
             model: model.display().to_string(),
+            language: None,
             target: vec![Target::Rtx, Target::Reference],
             gpu: vec![89],
             dtype: DTypeChoice(Some(graphs::DType::Float16)),

@@ -31,6 +31,7 @@ fn compiled(
 ) -> Result<Compiled, Failure> {
     let request = Request {
         model: model.to_owned(),
+        language: None,
         dtype,
         quant: quant.to_owned(),
         vision_quant: vision_quant.to_owned(),

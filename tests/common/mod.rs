@@ -178,7 +178,7 @@ pub(crate) fn opt_config(changes: Value) -> Value {
 
 /// The language part of a fixture as a checkpoint of its own, with the fixture's tokenizer.
 pub(crate) fn language_alone(name: &str, folder: &Path) {
-    std::fs::create_dir_all(folder).unwrap();
+    part_of(name, folder, |name| name.strip_prefix("language_model."));
     for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
         std::fs::copy(fixture(name).join(file), folder.join(file)).unwrap();
     }
@@ -187,9 +187,14 @@ pub(crate) fn language_alone(name: &str, folder: &Path) {
     let t5 = config["model_type"] == "t5";
     config["architectures"] = json!([if t5 { "T5ForConditionalGeneration" } else { "OPTForCausalLM" }]);
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+}
+
+/// Writes the tensors of a fixture that `rename` keeps, under their new names.
+pub(crate) fn part_of(name: &str, folder: &Path, rename: impl Fn(&str) -> Option<&str>) {
+    std::fs::create_dir_all(folder).unwrap();
     let bytes = std::fs::read(fixture(name).join("model.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let tensors: Vec<(String, safetensors::tensor::TensorView<'_>)> =
-        file.iter().filter_map(|(name, view)| Some((name.strip_prefix("language_model.")?.to_owned(), view))).collect();
+        file.iter().filter_map(|(name, view)| Some((rename(name)?.to_owned(), view))).collect();
     safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
 }

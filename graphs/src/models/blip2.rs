@@ -5,6 +5,9 @@ use crate::config::Keys;
 use crate::families::{eva::Eva, opt::Opt, qformer::Qformer, t5::T5};
 use crate::{Axis, DType, Graph, GraphError, Network, Type};
 
+/// What vocabularies are rounded up to.
+const PADDING: usize = 64;
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Blip2 {
     pub vision: Eva,
@@ -30,10 +33,7 @@ impl Blip2Language {
         match keys.text("model_type", "opt")? {
             "opt" => {
                 let opt = Opt::from_config(keys)?;
-                if opt.embedding != opt.hidden {
-                    let reason = format!("{}, but pictures come in hidden_size {}", opt.embedding, opt.hidden);
-                    return Err(keys.fault("word_embed_proj_dim", reason));
-                }
+                check(&opt, |key, reason| keys.fault(key, reason))?;
                 Ok(Blip2Language::Opt(opt))
             }
             "t5" => Ok(Blip2Language::T5(T5::from_config(keys)?)),
@@ -94,6 +94,31 @@ impl Blip2 {
         Ok(Blip2 { vision, qformer, language, queries: keys.size("num_query_tokens", 32)?, image_token_id })
     }
 
+    /// With the language part of another checkpoint. Vocabularies may differ by padding: the hub's BLIP-2 holds more rows
+    /// than the OPT that it was made of.
+    pub(super) fn with_language(self, language: Blip2Language) -> Result<Blip2, GraphError> {
+        let fault = |key: &str, reason| GraphError::Config { key: key.into(), reason };
+        if let Blip2Language::Opt(opt) = &language {
+            check(opt, fault)?;
+        }
+        let (own, other) = (self.language.facts(), language.facts());
+        if own.model_type != other.model_type {
+            let reason =
+                format!("the pictures are for `{}`, the language model is `{}`", own.model_type, other.model_type);
+            return Err(fault("model_type", reason));
+        }
+        if other.hidden != own.hidden {
+            let reason = format!("the pictures come as {}, the language model has {}", own.hidden, other.hidden);
+            return Err(fault("hidden_size", reason));
+        }
+        let padded = |vocab: usize| vocab.next_multiple_of(PADDING);
+        if padded(other.vocab) != padded(own.vocab) {
+            let reason = format!("the tokens are of {}, the language model has {}", own.vocab, other.vocab);
+            return Err(fault("vocab_size", reason));
+        }
+        Ok(Blip2 { language, ..self })
+    }
+
     /// Pixels in, rows of the prompt table out.
     ///
     /// Input `input` `[batch, 3, image_size, image_size]`, output `output` `[batch, queries, hidden]`, as wide as the
@@ -125,5 +150,14 @@ impl Blip2 {
     pub(super) fn ignores(name: &str) -> bool {
         name.strip_prefix("qformer.").is_some_and(Qformer::ignores)
             || (name.starts_with("language_model.") && T5::ignores(name))
+    }
+}
+
+/// Pictures enter as embeddings, which must be as wide as they.
+fn check(language: &Opt, fault: impl Fn(&str, String) -> GraphError) -> Result<(), GraphError> {
+    let Opt { embedding, hidden, .. } = *language;
+    match embedding == hidden {
+        true => Ok(()),
+        false => Err(fault("word_embed_proj_dim", format!("{embedding}, but pictures come in hidden_size {hidden}"))),
     }
 }

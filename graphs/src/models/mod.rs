@@ -103,6 +103,31 @@ impl Model {
         }
     }
 
+    /// The same model with another language part, which comes from a checkpoint of its own.
+    ///
+    /// # Errors
+    /// A model without a language part that can be another, or one whose sizes do not fit.
+    pub fn with_language(self, language: Model) -> Result<Model, GraphError> {
+        match (self, language) {
+            (Model::Blip2(blip2), Model::Opt(opt)) => Ok(Model::Blip2(blip2.with_language(Blip2Language::Opt(opt))?)),
+            (Model::Blip2(blip2), Model::T5(t5)) => Ok(Model::Blip2(blip2.with_language(Blip2Language::T5(t5))?)),
+            (model, other) => {
+                let (model, other) = (model.facts().model_type, other.facts().model_type);
+                let reason =
+                    format!("`{other}` cannot be the language part of `{model}`, only `opt` or `t5` that of `blip-2`");
+                Err(GraphError::Config { key: "model_type".into(), reason })
+            }
+        }
+    }
+
+    /// Prefix of the canonical names of the language part, where a model has others too.
+    pub fn language_prefix(&self) -> &'static str {
+        match self {
+            Model::Llama(_) | Model::Opt(_) | Model::T5(_) => "",
+            Model::Llava(_) | Model::Blip2(_) => "language_model.",
+        }
+    }
+
     /// The sub-networks in the order in which they run, verified.
     ///
     /// # Errors
