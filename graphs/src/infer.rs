@@ -74,6 +74,14 @@ pub(crate) fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute:
             }
             Ok(ty)
         }
+        Op::Pad { axis, after } => {
+            let mut ty = first()?.clone();
+            match ty.shape.get_mut(*axis) {
+                Some(Dim::Fixed(size)) if *after > 0 => *size = size.checked_add(*after).ok_or("grows too large")?,
+                _ => return Err(format!("cannot put {after} zeros behind axis {axis} of {ty}")),
+            }
+            Ok(ty)
+        }
         Op::Reshape { shape } => {
             let x = first()?;
             if volume(&x.shape) != volume(shape) {

@@ -275,6 +275,11 @@ pub enum Op {
         start: usize,
         end: usize,
     },
+    /// `after` zeros behind the end of one axis.
+    Pad {
+        axis: usize,
+        after: usize,
+    },
     Reshape {
         shape: Vec<Dim>,
     },
@@ -306,6 +311,7 @@ impl Op {
             Op::Broadcast { .. } => "broadcast",
             Op::Concat { .. } => "concat",
             Op::Slice { .. } => "slice",
+            Op::Pad { .. } => "pad",
             Op::Reshape { .. } => "reshape",
             Op::Transpose { .. } => "transpose",
             Op::LastToken => "last_token",

@@ -362,6 +362,11 @@ impl<'g> Tensor<'g> {
         self.derived(Op::Slice { axis, start, end }, &[])
     }
 
+    /// `after` zeros behind the end of an axis of fixed size.
+    pub fn pad(self, axis: usize, after: usize) -> Tensor<'g> {
+        self.derived(Op::Pad { axis, after }, &[])
+    }
+
     pub fn concat(self, axis: usize, others: &[Tensor<'g>]) -> Tensor<'g> {
         self.derived(Op::Concat { axis }, others)
     }

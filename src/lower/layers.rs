@@ -155,6 +155,27 @@ impl<'n, 'w> Lowering<'_, 'n, 'w> {
         self.target.select(&node.path, condition, features, x).map_err(refused())
     }
 
+    /// Zeros joined to `x`, repeated over its other sizes, of which only the running engine knows some.
+    pub(super) fn pad(&self, node: &Node, axis: usize, after: usize) -> Value<'n> {
+        let refused = || Self::refused(node);
+        let name = |part: &str| format!("{}/{part}", node.path);
+        let (x, rank) = (self.value(node.inputs[0]), self.rank(node));
+        let zero = self.number(&name("zero"), 0.0, node.ty.dtype, rank)?;
+        let sizes = self.target.shape_of(&name("shape"), x).map_err(refused())?;
+        let part = |part, start, count| self.target.slice(&name(part), sizes, 0, start, count).map_err(refused());
+        let count = self.integers(&name("count"), &[after as i32], &[1])?;
+        let mut parts = vec![self.target.cast(&name("count64"), count, trt::DataType::Int64).map_err(refused())?];
+        if axis > 0 {
+            parts.insert(0, part("before", 0, axis)?);
+        }
+        if axis + 1 < rank {
+            parts.push(part("behind", axis + 1, rank - axis - 1)?);
+        }
+        let sizes = self.target.concatenation(&name("expanded"), &parts, 0).map_err(refused())?;
+        let zeros = self.target.expand(&name("zeros"), zero, sizes).map_err(refused())?;
+        self.target.concatenation(&node.path, &[x, zeros], axis).map_err(refused())
+    }
+
     /// Repeats a weight over the batch, whose size only the running engine knows.
     pub(super) fn broadcast(&self, node: &Node, weight: &Weight) -> Value<'n> {
         let refused = || Self::refused(node);

@@ -147,6 +147,19 @@ pub(super) fn slice(x: &Array, axis: usize, start: usize, end: usize) -> Result 
     Ok(Array::float(shape, data))
 }
 
+pub(super) fn pad(x: &Array, axis: usize, after: usize) -> Result {
+    let mut shape = x.shape.clone();
+    let inner: usize = shape[axis + 1..].iter().product();
+    let step = shape[axis] * inner;
+    shape[axis] += after;
+    let mut data = Vec::with_capacity(shape.iter().product());
+    for row in x.floats()?.chunks_exact(step.max(1)) {
+        data.extend_from_slice(row);
+        data.resize(data.len() + after * inner, 0.0);
+    }
+    Ok(Array::float(shape, data))
+}
+
 pub(super) fn transpose(x: &Array, permutation: &[usize]) -> Result {
     let rank = x.shape.len();
     let mut strides = vec![1; rank];

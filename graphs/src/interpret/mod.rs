@@ -208,6 +208,7 @@ impl Interpreter {
             Op::Broadcast { weight } => kernels::broadcast(x, self.weight(weight)?, &weight.shape()),
             Op::Concat { axis } => kernels::concat(inputs, *axis),
             Op::Slice { axis, start, end } => kernels::slice(x, *axis, *start, *end),
+            Op::Pad { axis, after } => kernels::pad(x, *axis, *after),
             Op::Reshape { shape } => {
                 let size = |dim: &Dim| match dim {
                     Dim::Fixed(size) => Ok(*size),
