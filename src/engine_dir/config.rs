@@ -1,7 +1,7 @@
 //! `config.json` of an engine, in TensorRT-LLM's shape (`version`, `pretrained_config`, `build_config`), so that scripts
 //! which read it go on; and the sizes an engine is built for.
 use crate::processor::PromptTemplate;
-use graphs::{DType, Facts, Model, Positions};
+use graphs::{Aspect, DType, Facts, Model, Positions};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
@@ -89,13 +89,17 @@ impl SizeRequest {
 /// How pictures enter the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Multimodal {
-    /// None where the checkpoint has no such token: BLIP-2 needs none.
+    /// None where the checkpoint has no such token: BLIP-2 needs none, VILA splits the text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_token_id: Option<usize>,
-    pub prompt_template: PromptTemplate,
     /// Prompt table rows of one picture.
     pub num_visual_features: usize,
     /// Height and width in pixels.
     pub image_size: [usize; 2],
+    #[serde(default)]
+    pub image_aspect_ratio: Aspect,
+    #[serde(default)]
+    pub prompt_template: PromptTemplate,
 }
 
 /// The file; `pretrained_config` keeps keys beyond those the runtime needs.
@@ -151,12 +155,14 @@ impl EngineConfig {
             Model::Llama(_) | Model::Opt(_) | Model::T5(_) => PromptTemplate::Plain,
             Model::Llava(_) => PromptTemplate::Llava,
             Model::Blip2(_) => PromptTemplate::Blip2,
+            Model::Vila(_) => PromptTemplate::Vila,
         };
         let multimodal = facts.pictures.map(|pictures| Multimodal {
             image_token_id: pictures.token_id,
             prompt_template,
             num_visual_features: pictures.features,
             image_size: pictures.size,
+            image_aspect_ratio: pictures.aspect,
         });
         let pretrained_config = PretrainedConfig {
             architecture: facts.architecture.into(),
@@ -179,7 +185,8 @@ mod tests {
 
     fn facts(positions: usize) -> Facts {
         let config = json!({ "model_type": "llama", "max_position_embeddings": positions });
-        let pictures = Some(PictureFacts { token_id: Some(32000), features: 576, size: [336, 336] });
+        let pictures =
+            Some(PictureFacts { token_id: Some(32000), features: 576, size: [336, 336], aspect: Aspect::Processor });
         Facts { pictures, ..Model::from_config(&config).unwrap().facts() }
     }
 

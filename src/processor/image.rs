@@ -1,5 +1,6 @@
 //! A picture to the vision network's `pixel_values`, as HF's image processors of the PIL kind do it.
 
+use graphs::Aspect;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -152,6 +153,21 @@ impl ImageProcessor {
             return Err(settings.wrong("size", settings.values.get("size"), "a fixed height and width"));
         }
         Ok(processor)
+    }
+
+    /// The same with what config.json's `image_aspect_ratio` asks for done to a picture first.
+    #[must_use]
+    pub fn with_aspect(mut self, aspect: Aspect) -> Self {
+        match (aspect, self.size()) {
+            (Aspect::Pad, _) => self.with_square_padding(),
+            (Aspect::Resize, Some((height, width))) => {
+                // VILA leaves the filter to Pillow, whose default this is.
+                let to = ResizeTo::Exact { height, width };
+                self.steps.insert(0, Step::Resize { to, filter: Filter::Bicubic });
+                self
+            }
+            (Aspect::Processor, _) | (Aspect::Resize, None) => self,
+        }
     }
 
     /// The same with pictures first put on a square of the mean colour, for models whose config.json says

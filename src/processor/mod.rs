@@ -18,7 +18,7 @@ pub use self::error::ProcessorError;
 pub use self::folder::{FILES, Processor};
 pub use self::image::{ImageProcessor, Normalization, ResizeTo, Step};
 pub use self::picture::{MAXIMUM_ASPECT_RATIO, MAXIMUM_PIXELS, MAXIMUM_SIDE, Picture};
-pub use self::prompt::{LanguageInput, PromptRequest, PromptSettings, PromptTemplate};
+pub use self::prompt::{LanguageInput, PLACEHOLDER, PromptRequest, PromptSettings, PromptTemplate};
 pub use self::resize::{Filter, resize};
 pub use self::stream::TextStream;
 pub use self::text::TextProcessor;

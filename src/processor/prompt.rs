@@ -6,17 +6,27 @@ use super::error::ProcessorError;
 use super::text::TextProcessor;
 
 /// How a family words a question about pictures that names no placeholder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PromptTemplate {
     /// The prompt itself, the pictures before it.
     Plain,
     /// `USER: <image>\n{prompt} ASSISTANT:`
+    #[default]
     Llava,
     /// The prompt itself (`Question: ... Answer:`, or nothing for a caption); the pictures come before all of it, the
     /// tokenizer's BOS included, and no token stands for them.
     Blip2,
+    /// Vicuna's words around the same. Pictures have no id: the text is split at `<image>` and each part is tokenized on
+    /// its own.
+    Vila,
 }
+
+/// What stands for a picture in the text of a prompt that is split.
+pub const PLACEHOLDER: &str = "<image>";
+/// VILA's `vicuna_v1` conversation.
+const VICUNA: &str = "A chat between a curious user and an artificial intelligence assistant. The assistant gives \
+                      helpful, detailed, and polite answers to the user's questions.";
 
 impl PromptTemplate {
     /// `prompt` about `pictures` pictures, in the family's words.
@@ -27,6 +37,7 @@ impl PromptTemplate {
                 let placeholders = format!("{placeholder}\n").repeat(pictures);
                 format!("USER: {placeholders}{prompt} ASSISTANT:")
             }
+            Self::Vila => format!("{VICUNA} {}", Self::Llava.apply(prompt, placeholder, pictures)),
         }
     }
 }
@@ -36,7 +47,7 @@ impl PromptTemplate {
 pub struct PromptSettings {
     /// Used where a prompt names no placeholder.
     pub template: PromptTemplate,
-    /// The placeholder's id. Without one, and in BLIP-2 always, the features go before the text.
+    /// The placeholder's id. Without one, and in BLIP-2 always, the features go before the text, or where it is split.
     pub image_token_id: Option<u32>,
     /// Rows of the prompt table that one picture takes; 0 for a model that reads text only.
     pub features_per_picture: usize,
@@ -83,40 +94,20 @@ impl PromptSettings {
             return Err(ProcessorError::EmptyPrompt);
         }
         let rows = self.rows(request)?;
-        let mut tokens = text.encode(request.prompt, request.add_special_tokens)?;
-        let mut input =
-            LanguageInput { ids: Vec::with_capacity(tokens.len() + rows.len()), picture_tokens: rows.len() };
-        match self.image_token_id {
-            Some(placeholder) if self.template != PromptTemplate::Blip2 => {
-                if pictures > 0 && !tokens.contains(&placeholder) {
-                    let name = text
-                        .token(placeholder)
-                        .ok_or(ProcessorError::IdOutOfRange { id: placeholder, vocabulary: self.vocabulary })?;
-                    let prompt = self.template.apply(request.prompt, &name, pictures);
-                    tokens = text.encode(&prompt, request.add_special_tokens)?;
-                }
-                let found = tokens.iter().filter(|token| **token == placeholder).count();
-                if found != pictures {
-                    return Err(ProcessorError::Placeholders { found, wanted: pictures });
-                }
-                let mut rows = rows.chunks(self.features_per_picture.max(1));
-                for token in tokens {
-                    if token == placeholder {
-                        input.ids.extend(rows.next().unwrap_or_default());
-                    } else {
-                        input.ids.push(self.checked(token)?);
-                    }
-                }
+        let texts = self.texts(text, request)?;
+        // A text before each picture and one behind the last.
+        let found = texts.len() - 1;
+        if found != pictures {
+            return Err(ProcessorError::Placeholders { found, wanted: pictures });
+        }
+        let mut input = LanguageInput { ids: Vec::new(), picture_tokens: rows.len() };
+        let mut rows = rows.chunks(self.features_per_picture.max(1));
+        for (number, tokens) in texts.into_iter().enumerate() {
+            if number > 0 {
+                input.ids.extend(rows.next().unwrap_or_default());
             }
-            placeholder => {
-                let found = tokens.iter().filter(|token| Some(**token) == placeholder).count();
-                if found > 0 {
-                    return Err(ProcessorError::UnwantedPlaceholders { found });
-                }
-                input.ids.extend(&rows);
-                for token in tokens {
-                    input.ids.push(self.checked(token)?);
-                }
+            for token in tokens {
+                input.ids.push(self.checked(token)?);
             }
         }
         let found = input.ids.len();
@@ -128,6 +119,44 @@ impl PromptSettings {
                 Err(ProcessorError::PromptTooLong { found, picture_tokens: input.picture_tokens, limit })
             }
             _ => Ok(input),
+        }
+    }
+
+    /// Ids of the texts between the pictures, at least one.
+    fn texts(&self, text: &TextProcessor, request: PromptRequest<'_>) -> Result<Vec<Vec<u32>>, ProcessorError> {
+        let PromptRequest { prompt, pictures, add_special_tokens, .. } = request;
+        match (self.image_token_id, self.template) {
+            (placeholder, PromptTemplate::Blip2) => {
+                let tokens = text.encode(prompt, add_special_tokens)?;
+                let found = tokens.iter().filter(|token| Some(**token) == placeholder).count();
+                if found > 0 {
+                    return Err(ProcessorError::UnwantedPlaceholders { found });
+                }
+                let mut texts = vec![Vec::new(); pictures];
+                texts.push(tokens);
+                Ok(texts)
+            }
+            (Some(placeholder), template) => {
+                let mut tokens = text.encode(prompt, add_special_tokens)?;
+                if pictures > 0 && !tokens.contains(&placeholder) {
+                    let name = text
+                        .token(placeholder)
+                        .ok_or(ProcessorError::IdOutOfRange { id: placeholder, vocabulary: self.vocabulary })?;
+                    tokens = text.encode(&template.apply(prompt, &name, pictures), add_special_tokens)?;
+                }
+                Ok(tokens.split(|token| *token == placeholder).map(<[u32]>::to_vec).collect())
+            }
+            (None, PromptTemplate::Vila) => {
+                let worded = pictures > 0 && !prompt.contains(PLACEHOLDER);
+                let prompt = if worded { &self.template.apply(prompt, PLACEHOLDER, pictures) } else { prompt };
+                let parts = prompt.split(PLACEHOLDER).enumerate();
+                parts.map(|(number, part)| text.encode(part, add_special_tokens && number == 0)).collect()
+            }
+            (None, _) => {
+                let mut texts = vec![Vec::new(); pictures];
+                texts.push(text.encode(prompt, add_special_tokens)?);
+                Ok(texts)
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Questions in, answers out: pictures and prompts are prepared, a target's executor runs, ids become text.
 use super::{Executor, FinishReason, RuntimeError, generate};
 use crate::engine_dir::EngineConfig;
-use crate::processor::{ChatMessage, Picture, Processor, PromptRequest, PromptSettings, PromptTemplate};
+use crate::processor::{ChatMessage, PLACEHOLDER, Picture, Processor, PromptRequest, PromptSettings, PromptTemplate};
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -49,7 +49,10 @@ pub struct Session {
 }
 
 impl Session {
-    pub fn new(executor: Box<dyn Executor>, processor: Processor, config: EngineConfig) -> Session {
+    pub fn new(executor: Box<dyn Executor>, mut processor: Processor, config: EngineConfig) -> Session {
+        if let Some(multimodal) = config.pretrained_config.multimodal {
+            processor.image = processor.image.map(|image| image.with_aspect(multimodal.image_aspect_ratio));
+        }
         Session { executor, processor, config }
     }
 
@@ -60,7 +63,11 @@ impl Session {
     /// What stands for a picture in a prompt, if the model takes pictures.
     pub fn placeholder(&self) -> Option<String> {
         let multimodal = self.config.pretrained_config.multimodal?;
-        self.processor.text.token(u32::try_from(multimodal.image_token_id?).ok()?)
+        match (multimodal.image_token_id, multimodal.prompt_template) {
+            (Some(id), _) => self.processor.text.token(id as u32),
+            (None, PromptTemplate::Vila) => Some(PLACEHOLDER.to_owned()),
+            (None, _) => None,
+        }
     }
 
     /// Answers all, as many at once as the engine takes. `on_text` sees pieces of text as they are made: the number of
@@ -156,7 +163,7 @@ impl Session {
         let multimodal = config.multimodal;
         let settings = PromptSettings {
             template: multimodal.map_or(PromptTemplate::Plain, |multimodal| multimodal.prompt_template),
-            image_token_id: multimodal.and_then(|multimodal| u32::try_from(multimodal.image_token_id?).ok()),
+            image_token_id: multimodal.and_then(|multimodal| multimodal.image_token_id).map(|id| id as u32),
             features_per_picture: multimodal.map_or(0, |multimodal| multimodal.num_visual_features),
             vocabulary: config.vocab_size as u32,
             maximum_length: Some(self.config.build_config.max_input_len),

@@ -6,4 +6,7 @@ pub mod llama;
 pub mod opt;
 pub mod projector;
 pub mod qformer;
+pub mod siglip;
 pub mod t5;
+pub mod vila_projector;
+pub mod vit;

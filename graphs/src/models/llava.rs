@@ -1,8 +1,8 @@
 //! LLaVA-1.5: CLIP features through a projector into LLaMA's prompt (Liu et al. 2023, arXiv 2310.03744).
 //! Names and semantics of `transformers/models/llava/modeling_llava.py`.
-use super::{Alias, Logits, PictureFacts};
+use super::{Alias, Aspect, Logits, PictureFacts};
 use crate::config::Keys;
-use crate::families::{clip::Clip, llama::Llama, projector::Projector};
+use crate::families::{clip, llama::Llama, projector::Projector, vit::Vit};
 use crate::{Axis, DType, Graph, GraphError, Network, Type};
 
 /// Canonical names are those of the hub's files. transformers 5 renames modules in memory (rows 2 to 6) and saves yet
@@ -26,7 +26,7 @@ enum Strategy {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Llava {
-    pub vision: Clip,
+    pub vision: Vit,
     pub language: Llama,
     projector: Projector,
     strategy: Strategy,
@@ -44,7 +44,7 @@ impl Llava {
                 return Err(keys.fault("model_type", format!("wanted `{wanted}`, found `{found}`")));
             }
         }
-        let vision = Clip::from_config(&vision_keys)?;
+        let vision = clip::from_config(&vision_keys)?;
         let mut language = Llama::from_config(&text_keys)?;
         // The outer flag is the one that transformers obeys for the whole model, where it is given.
         language.tied = keys.flag("tie_word_embeddings", language.tied)?;
@@ -62,7 +62,7 @@ impl Llava {
             bias: keys.flag("multimodal_projector_bias", true)?,
         };
         let image_token_id = keys.size("image_token_index", keys.size("image_token_id", 32000)?)?;
-        let feature_layers = feature_layers(keys, vision.layers)?;
+        let feature_layers = feature_layers(keys, "vision_feature_layer", vision.layers)?;
         Ok(Llava { vision, language, projector, strategy, feature_layers, image_token_id })
     }
 
@@ -75,7 +75,7 @@ impl Llava {
         let shape = [Axis::Batch.into(), self.vision.channels.into(), size, size];
         let pixels = graph.input("input", Type::new(dtype, shape));
         let deepest = self.feature_layers.iter().copied().max().unwrap_or(0);
-        let states = self.vision.hidden_states(&graph.scope("vision_tower.vision_model"), pixels, deepest);
+        let states = clip::hidden_states(&self.vision, &graph.scope("vision_tower.vision_model"), pixels, deepest);
         let chosen: Vec<_> = self.feature_layers.iter().map(|&layer| states[layer]).collect();
         let mut features = chosen[0];
         if chosen.len() > 1 {
@@ -101,33 +101,36 @@ impl Llava {
             token_id: Some(self.image_token_id),
             features: self.vision.patches() + class,
             size: [size, size],
+            aspect: Aspect::Processor,
         }
     }
 
-    /// Vision blocks after the chosen hidden state and the norm behind them are in the file but never run.
     pub(super) fn ignores(&self, name: &str) -> bool {
-        let Some(rest) = name.strip_prefix("vision_tower.vision_model.") else { return false };
         let deepest = self.feature_layers.iter().copied().max().unwrap_or(0);
-        let block = rest.strip_prefix("encoder.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
-        rest.starts_with("post_layernorm.") || block.is_some_and(|block: usize| block >= deepest)
+        name.strip_prefix("vision_tower.vision_model.").is_some_and(|rest| never_runs(rest, deepest))
     }
 }
 
-/// `vision_feature_layer`: one entry of the hidden states or a list of them; negative ones count from the end.
-fn feature_layers(keys: &Keys, layers: usize) -> Result<Vec<usize>, GraphError> {
-    const KEY: &str = "vision_feature_layer";
+/// Vision blocks after the chosen hidden state and the norm behind them are in the file but never run.
+pub(super) fn never_runs(name: &str, deepest: usize) -> bool {
+    let block = name.strip_prefix("encoder.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+    name.starts_with("post_layernorm.") || block.is_some_and(|block: usize| block >= deepest)
+}
+
+/// One entry of the hidden states or a list of them under `key`; negative ones count from the end.
+pub(super) fn feature_layers(keys: &Keys, key: &str, layers: usize) -> Result<Vec<usize>, GraphError> {
     let entry = |found: i64| {
         let position = if found < 0 { found + layers as i64 + 1 } else { found };
         usize::try_from(position)
             .ok()
             .filter(|&position| position <= layers)
-            .ok_or_else(|| keys.fault(KEY, format!("entry {found} is outside the {} hidden states", layers + 1)))
+            .ok_or_else(|| keys.fault(key, format!("entry {found} is outside the {} hidden states", layers + 1)))
     };
-    match keys.get(KEY) {
+    match keys.get(key) {
         Some(serde_json::Value::Array(list)) if !list.is_empty() => list
             .iter()
-            .map(|found| entry(found.as_i64().ok_or_else(|| keys.wrong(KEY, "whole numbers", found))?))
+            .map(|found| entry(found.as_i64().ok_or_else(|| keys.wrong(key, "whole numbers", found))?))
             .collect(),
-        _ => Ok(vec![entry(keys.integer(KEY)?.unwrap_or(-2))?]),
+        _ => Ok(vec![entry(keys.integer(key)?.unwrap_or(-2))?]),
     }
 }

@@ -1,13 +1,16 @@
 //! Models: which family feeds which, and the one list from `architectures` to a model.
 mod blip2;
 mod llava;
+mod vila;
 
 use crate::config::Keys;
 use crate::families::{llama::Llama, opt::Opt, t5::T5};
 use crate::{ActivationKind, DType, Graph, GraphError, Heads, Network};
 pub use blip2::{Blip2, Blip2Language};
 pub use llava::Llava;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+pub use vila::Vila;
 
 /// Which tokens' logits the language network gives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +28,7 @@ pub enum Model {
     T5(T5),
     Llava(Llava),
     Blip2(Blip2),
+    Vila(Vila),
 }
 
 /// What the runtime and the engine directory must know of a model besides its networks.
@@ -68,12 +72,26 @@ pub enum Positions {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PictureFacts {
-    /// Id of `<image>` in the tokenizer, where the checkpoint has such a token.
+    /// Id of `<image>` in the tokenizer; none where the checkpoint has no such token, or prompts are split at the text.
     pub token_id: Option<usize>,
     /// Rows of the prompt table that one picture fills.
     pub features: usize,
     /// Height and width of the vision network's input, in pixels.
     pub size: [usize; 2],
+    pub aspect: Aspect,
+}
+
+/// What becomes of a picture that is not square, before the checkpoint's image processor sees it (`image_aspect_ratio`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aspect {
+    /// Nothing: the processor crops or resizes it.
+    #[default]
+    Processor,
+    /// It is centred on a square of the mean colour.
+    Pad,
+    /// It is stretched to the vision network's size.
+    Resize,
 }
 
 /// A prefix of canonical names and one that some files have in its place.
@@ -96,6 +114,9 @@ impl Model {
             }
             (Some("Blip2ForConditionalGeneration"), _) | (None, "blip-2") => {
                 Ok(Model::Blip2(Blip2::from_config(&keys)?))
+            }
+            (Some("LlavaLlamaModel" | "LlavaLlamaForCausalLM"), _) | (None, "llava_llama") => {
+                Ok(Model::Vila(Vila::from_config(&keys)?))
             }
             (Some(other), _) => Err(keys.fault("architectures", format!("`{other}` is not supported"))),
             (None, "") => Err(keys.fault("architectures", "missing, and no `model_type` either".into())),
@@ -125,6 +146,7 @@ impl Model {
         match self {
             Model::Llama(_) | Model::Opt(_) | Model::T5(_) => "",
             Model::Llava(_) | Model::Blip2(_) => "language_model.",
+            Model::Vila(_) => "llm.",
         }
     }
 
@@ -144,6 +166,7 @@ impl Model {
             Model::T5(t5) => t5.networks(dtype, "", false, logits)?,
             Model::Llava(llava) => vec![llava.vision(dtype)?, llava.language(dtype, logits)?],
             Model::Blip2(blip2) => blip2.networks(dtype, logits)?,
+            Model::Vila(vila) => vec![vila.vision(dtype)?, vila.language(dtype, logits)?],
         };
         networks.iter().try_for_each(crate::verify)?;
         Ok(networks)
@@ -166,6 +189,12 @@ impl Model {
                 pictures: Some(blip2.picture_facts()),
                 ..blip2.language.facts()
             },
+            Model::Vila(vila) => Facts {
+                architecture: "LlavaLlamaModel",
+                model_type: "llava_llama",
+                pictures: Some(vila.picture_facts()),
+                ..vila.language.facts()
+            },
         }
     }
 
@@ -177,6 +206,7 @@ impl Model {
             Model::Llava(_) => llava::ALIASES,
             Model::T5(_) => T5::ALIASES,
             Model::Blip2(blip2) => blip2.language.aliases(),
+            Model::Vila(_) => vila::ALIASES,
         }
     }
 
@@ -188,6 +218,7 @@ impl Model {
             Model::Opt(opt) => (opt.tied, "lm_head.weight", false),
             Model::T5(_) => (false, "", T5::ignores(name)),
             Model::Llava(llava) => (llava.language.tied, "language_model.lm_head.weight", llava.ignores(name)),
+            Model::Vila(vila) => (vila.language.tied, "llm.lm_head.weight", vila.ignores(name)),
             Model::Blip2(blip2) => (blip2.language.tied(), "language_model.lm_head.weight", Blip2::ignores(name)),
         };
         // A tied head that is saved all the same repeats the embedding.

@@ -1,0 +1,89 @@
+//! The vision transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) as CLIP and SigLIP both have it: patches, and
+//! blocks with the norm before each half. What comes between is the family's.
+use crate::config::Keys;
+use crate::{ActivationKind, GraphError, Heads, Scope, Tensor};
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Vit {
+    pub hidden: usize,
+    pub ffn: usize,
+    pub layers: usize,
+    pub heads: usize,
+    /// Side of the square picture, in pixels.
+    pub image_size: usize,
+    pub patch: usize,
+    pub channels: usize,
+    pub activation: ActivationKind,
+    pub epsilon: f32,
+}
+
+impl Vit {
+    /// Patch size, activation (its name in a config) and epsilon of norms are what the families' defaults differ in.
+    pub(super) fn from_config(
+        keys: &Keys,
+        patch: usize,
+        activation: &'static str,
+        epsilon: f32,
+    ) -> Result<Vit, GraphError> {
+        let vit = Vit {
+            hidden: keys.size("hidden_size", 768)?,
+            ffn: keys.size("intermediate_size", 3072)?,
+            layers: keys.size("num_hidden_layers", 12)?,
+            heads: keys.size("num_attention_heads", 12)?,
+            image_size: keys.size("image_size", 224)?,
+            patch: keys.size("patch_size", patch)?,
+            channels: keys.size("num_channels", 3)?,
+            activation: keys.activation("hidden_act", activation)?,
+            epsilon: keys.positive("layer_norm_eps", epsilon)?,
+        };
+        if !vit.hidden.is_multiple_of(vit.heads) {
+            let reason = format!("hidden_size {} does not divide by {} heads", vit.hidden, vit.heads);
+            return Err(keys.fault("num_attention_heads", reason));
+        }
+        if vit.patch > vit.image_size {
+            let reason = format!("a patch of {} does not fit a picture of {}", vit.patch, vit.image_size);
+            return Err(keys.fault("patch_size", reason));
+        }
+        Ok(vit)
+    }
+
+    /// Patches along one side; what is left of the picture beyond the last whole patch is not seen.
+    pub fn side(&self) -> usize {
+        self.image_size / self.patch
+    }
+
+    /// Patches of one picture, without a class token.
+    pub fn patches(&self) -> usize {
+        self.side().pow(2)
+    }
+
+    /// Pixels `[batch, channels, image_size, image_size]` to `[batch, patches, hidden]`, without a bias.
+    pub(super) fn patch_embedding<'g>(&self, embeddings: &Scope<'g>, pixels: Tensor<'g>) -> Tensor<'g> {
+        let patches = embeddings.patches("patch_embedding", self.hidden, self.patch, pixels);
+        let batch = patches.ty().shape[0];
+        patches.reshape([batch, self.hidden.into(), self.patches().into()]).transpose(&[0, 2, 1])
+    }
+
+    /// Hidden states `[batch, tokens, hidden]`: entry 0 is x, the input of the first block, entry n the output of block n.
+    /// Blocks after the last `wanted` entry are not written.
+    pub(super) fn states<'g>(&self, s: &Scope<'g>, x: Tensor<'g>, wanted: usize) -> Vec<Tensor<'g>> {
+        let mut states = vec![x];
+        for layer in 0..wanted {
+            states.push(self.block(&s.layer("encoder.layers", layer), states[layer]));
+        }
+        states
+    }
+
+    fn block<'g>(&self, s: &Scope<'g>, x: Tensor<'g>) -> Tensor<'g> {
+        let (attn, mlp) = (s.sub("self_attn"), s.sub("mlp"));
+        let heads = Heads { query: self.heads, key_value: self.heads, dim: self.hidden / self.heads };
+        let normed = s.layer_norm("layer_norm1", self.epsilon).of(x);
+        let [q, k, v] =
+            ["q_proj", "k_proj", "v_proj"].map(|name| attn.linear(name, self.hidden).bias().column().of(normed));
+        let mixed = attn.attention(heads).of(q, k, v);
+        let x = x + attn.linear("out_proj", self.hidden).bias().row().of(mixed);
+        let normed = s.layer_norm("layer_norm2", self.epsilon).of(x);
+        let wide = mlp.linear("fc1", self.ffn).bias().column().of(normed).activation(self.activation);
+        x + mlp.linear("fc2", self.hidden).bias().row().of(wide)
+    }
+}
