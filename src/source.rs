@@ -17,7 +17,7 @@ pub enum ModelError {
     #[error(transparent)]
     Graph(#[from] GraphError),
     #[error("`{language}` is no language part for `{model}`")]
-    Language { model: String, language: String, source: GraphError },
+    Language { model: String, language: String, source: Box<GraphError> },
     #[error("the weights in `{folder}` do not fit config.json:{}", list(.faults))]
     Misfit { folder: String, faults: Vec<Fault> },
 }
@@ -94,7 +94,7 @@ impl ModelSource {
         let folder = |checkpoint: &Checkpoint| checkpoint.folder().display().to_string();
         let model = Model::from_config(checkpoint.config())?.with_language(other.model.clone()).map_err(|source| {
             let (model, language) = (folder(&checkpoint), folder(&other.checkpoint));
-            ModelError::Language { model, language, source }
+            ModelError::Language { model, language, source: Box::new(source) }
         })?;
         let mut networks = model.networks(DType::Float32, Logits::Last)?;
         networks.retain(|network| network.name == "vision");

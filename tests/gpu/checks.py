@@ -8,6 +8,7 @@ import concurrent.futures, json, os, pathlib, re, shutil, signal, subprocess, sy
 PROGRAM = os.environ["TRTVLM"]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIXTURE = ROOT / "fixtures/llava-hf"
+BLIP2 = ROOT / "fixtures/blip2-opt"
 
 
 def run(*arguments, timeout=400, env=None):
@@ -90,6 +91,14 @@ def small_checks(work):
     checks["llava-hf float32 int8, vision too"] = fixture("float32", "--quant", "int8", "--vision-quant", "int8")
     for quant in ("int8", "int4-g16"):
         checks[f"llava-hf float16 {quant}, vision too"] = fixture("float16", "--quant", quant, "--vision-quant", quant)
+    # Cross-attention, learned positions, heads of 6, 8 and 12.
+    for dtype, quant, vision in (("float32", "none", "none"), ("float16", "none", "none"), ("bfloat16", "none", "none"),
+                                 ("float32", "int8", "int8"), ("float16", "int4-g16", "int4")):
+        directory = work / f"blip2-{dtype}-{quant}"
+        flags = ("--dtype", dtype, "--quant", quant, "--vision-quant", vision, *batch, *quick)
+        mark = ("--mark", "**.fc2", "**.dense") if quant == "none" else ()
+        checks[f"blip2-opt {dtype} {quant}, vision too"] = lambda directory=directory, flags=flags, mark=mark, dtype=dtype: compared(
+            BLIP2, directory, *flags, *mark, all_equal=dtype == "float32", verify_flags=("--layers",) if mark else ())
     if smol:
         sizes = ("--max-input-len", "64", "--max-output-len", "40")
         for dtype, quant in (("float32", "none"), ("float16", "none"), ("bfloat16", "none"), ("float16", "int8"),
