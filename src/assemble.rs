@@ -247,8 +247,8 @@ fn build(
 /// What a run reads besides the engines.
 fn copy_processor(compiled: &Compiled, staging: &Staging) -> Result<(), AssembleError> {
     for name in crate::processor::FILES {
-        // What the model itself lacks may lie with its language part.
-        let mut files = compiled.source.checkpoints().map(|checkpoint| checkpoint.folder().join(name));
+        // What the model itself lacks may lie with a part of it, or with its language part.
+        let mut files = compiled.source.folders().into_iter().map(|folder| folder.join(name));
         if let Some(from) = files.find(|file| file.is_file()) {
             let to = staging.place(&format!("{PROCESSOR}/{name}"))?;
             std::fs::copy(&from, &to).map_err(DirectoryError::io("copy", &from))?;

@@ -117,6 +117,11 @@ impl ModelSource {
         std::iter::once(&self.checkpoint).chain(self.language.iter().map(|other| &other.checkpoint))
     }
 
+    /// Where a file of the model that is no weights may lie, in the order in which to look.
+    pub fn folders(&self) -> Vec<&Path> {
+        self.checkpoints().flat_map(Checkpoint::folders).collect()
+    }
+
     /// The checkpoint that holds a tensor.
     fn holder(&self, name: &str) -> &Checkpoint {
         match &self.language {

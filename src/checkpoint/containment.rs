@@ -23,6 +23,23 @@ impl Folder {
         Ok(Folder { path: path.to_owned(), root })
     }
 
+    /// The folder `name` in this one; `None` where there is none. It may be a link as far as it stays inside.
+    pub(crate) fn part(&self, name: &str) -> Result<Option<Folder>, CheckpointError> {
+        let path = self.path.join(name);
+        let failed = |source| CheckpointError::Io { path: path.clone(), source };
+        let target = match path.canonicalize() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(failed)?,
+        };
+        if !target.starts_with(&self.root) {
+            return Err(CheckpointError::Outside { path, target, root: self.root.clone() });
+        }
+        if !target.metadata().map_err(failed)?.is_dir() {
+            return Err(CheckpointError::NotAFolder { path });
+        }
+        Ok(Some(Folder { path, root: self.root.clone() }))
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

@@ -24,6 +24,8 @@ pub enum CheckpointError {
     UnsafeName { folder: PathBuf, name: String, reason: &'static str },
     #[error("`{}` is missing", path.display())]
     MissingFile { path: PathBuf },
+    #[error("the folder `{}` is missing, which config.json describes under `{key}`", folder.display())]
+    MissingPart { folder: PathBuf, key: &'static str },
     #[error("`{}` is not valid JSON", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
     #[error("`{}` holds {found}, wanted an object", path.display())]
@@ -43,7 +45,7 @@ pub enum CheckpointError {
     #[error("`{}` holds tensor `{tensor}`, which the index {}{}", file.display(), placed_text(placed), and_more(*more))]
     NotInIndex { file: PathBuf, tensor: String, placed: Option<String>, more: usize },
     #[error("`{}`: {fault}", file.display())]
-    Header { file: PathBuf, fault: HeaderFault },
+    Header { file: PathBuf, fault: Box<HeaderFault> },
     #[error("`{}`: {fault}", file.display())]
     Bin { file: PathBuf, fault: Box<BinFault> },
     #[error("`{}` has no tensor `{tensor}`", folder.display())]
@@ -73,6 +75,7 @@ impl CheckpointError {
             CheckpointError::MissingFile { path } if path.ends_with("config.json") => {
                 "give the folder that holds config.json and the weights"
             }
+            CheckpointError::MissingPart { .. } => "give the folder that holds all parts, and fetch each of them",
             CheckpointError::ManyWeights { names, index, .. } if names.iter().any(|name| name.contains("-of-")) => {
                 return Some(format!("fetch `{index}`, which says which tensor lies in which of them"));
             }

@@ -75,6 +75,10 @@ pub(crate) fn snapshot(id: &HubId, options: &Options<'_>) -> Result<PathBuf, Hub
 
 /// Whether the weights are there, in any layout. Weights are fetched last, so the rest is then there too.
 fn is_complete(snapshot: &Path) -> bool {
+    has_weights(snapshot) || super::parts::PARTS.iter().all(|(_, part)| has_weights(&snapshot.join(part)))
+}
+
+fn has_weights(snapshot: &Path) -> bool {
     if ["model.safetensors", "pytorch_model.bin"].iter().any(|name| snapshot.join(name).exists()) {
         return snapshot.join("config.json").exists();
     }
@@ -86,7 +90,7 @@ fn is_complete(snapshot: &Path) -> bool {
             shards.filter_map(|shard| shard.as_str()).all(|shard| snapshot.join(shard).exists())
         }
         Ok(Err(_)) => true, // Opening says what is wrong with it.
-        Err(_) => snapshot.join("llm").is_dir(),
+        Err(_) => false,
     }
 }
 

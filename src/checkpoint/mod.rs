@@ -12,6 +12,7 @@ mod header;
 mod hub;
 mod json;
 mod nearest;
+mod parts;
 mod pickle;
 mod state_dict;
 mod torch_bin;
@@ -26,7 +27,8 @@ pub use nearest::nearest;
 pub use weights::{TensorEntry, Weights, open_weights};
 
 use containment::Folder;
-use serde_json::Value;
+use parts::Part;
+use serde_json::{Map, Value};
 use std::path::Path;
 use weights::Watched;
 
@@ -47,6 +49,7 @@ pub struct Checkpoint {
     folder: Folder,
     config: Value,
     config_file: Watched,
+    parts: Vec<Part>,
     weights: Weights,
 }
 
@@ -65,25 +68,30 @@ impl Checkpoint {
         }
     }
 
-    /// Opens a folder with config.json and safetensors or PyTorch files; reads headers only.
+    /// Opens a folder with config.json and safetensors or PyTorch files, or one whose parts have folders of their own; reads
+    /// headers only.
     pub fn open_folder(path: &Path) -> Result<Checkpoint, CheckpointError> {
         let folder = Folder::open(path)?;
-        let Some((config, config_file)) = read_json(&folder, "config.json")? else {
-            return Err(CheckpointError::MissingFile { path: path.join("config.json") });
-        };
-        if !config.is_object() {
-            let found = json::kind(&config);
-            return Err(CheckpointError::NotAnObject { path: path.join("config.json"), found });
-        }
-        let weights = Weights::open(&folder)?;
-        Ok(Checkpoint { folder, config, config_file, weights })
+        let (mut config, config_file) = read_object(&folder, "config.json")?;
+        let parts = parts::open(&folder, &mut config)?;
+        let weights = parts::weights(&folder, &parts)?;
+        Ok(Checkpoint { folder, config: Value::Object(config), config_file, parts, weights })
     }
 
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// The contents of config.json, always an object.
+    /// The folder itself, then those of its parts.
+    pub fn folders(&self) -> Vec<&Path> {
+        self.all_folders().map(Folder::path).collect()
+    }
+
+    fn all_folders(&self) -> impl Iterator<Item = &Folder> {
+        std::iter::once(&self.folder).chain(self.parts.iter().map(|part| &part.folder))
+    }
+
+    /// The contents of config.json, always an object; where it nests the configs of parts, they are the parts' own.
     pub fn config(&self) -> &Value {
         &self.config
     }
@@ -101,7 +109,7 @@ impl Checkpoint {
         self.weights.tensor(name)
     }
 
-    /// All tensors, sorted by name.
+    /// All tensors, sorted by name; in a checkpoint of several folders names begin with that of the folder.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &TensorEntry)> {
         self.weights.tensors()
     }
@@ -114,17 +122,21 @@ impl Checkpoint {
     /// Checks that config and weights still are the files that were opened; meant for the end of a build.
     pub fn unchanged(&self) -> Result<(), CheckpointError> {
         self.config_file.unchanged()?;
+        self.parts.iter().try_for_each(|part| part.config_file.unchanged())?;
         self.weights.unchanged()
     }
 
     /// Things worth telling the user, one sentence each: code in the checkpoint, which is never run.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
-        if self.config.get("auto_map").is_some() {
+        let nested = parts::PARTS.iter().filter_map(|(key, _)| self.config.get(key));
+        if std::iter::once(&self.config).chain(nested).any(|config| config.get("auto_map").is_some()) {
             warnings.push("config.json asks for code of its own (`auto_map`), which is never run".to_owned());
         }
-        if let Ok(scripts) = self.folder.names(|name| name.ends_with(".py")) {
-            warnings.extend(scripts.iter().map(|name| format!("`{name}` is never run")));
+        for folder in self.all_folders() {
+            if let Ok(scripts) = folder.names(|name| name.ends_with(".py")) {
+                warnings.extend(scripts.iter().map(|name| format!("`{name}` is never run")));
+            }
         }
         warnings
     }
@@ -132,15 +144,25 @@ impl Checkpoint {
     /// What is worth knowing and no reason to worry: weights that are there twice.
     pub fn notes(&self) -> Vec<String> {
         let is_bin = |path: &Path| path.extension().is_some_and(|ending| ending == "bin");
-        match self.folder.names(weights::is_bin) {
-            Ok(names) if !names.is_empty() && !self.weights.files().any(is_bin) => {
-                vec![format!(
-                    "weights are read from safetensors; the PyTorch files beside them, as `{}`, are not",
-                    names[0]
-                )]
-            }
-            _ => Vec::new(),
-        }
+        let unread = |folder: &Folder| {
+            let mut names = folder.names(weights::is_bin).ok()?.into_iter();
+            let name = names.next()?;
+            let read = self.weights.files().any(|file| is_bin(file) && file.parent() == Some(folder.path()));
+            (!read).then(|| {
+                format!("weights are read from safetensors; the PyTorch files beside them, as `{name}`, are not")
+            })
+        };
+        self.all_folders().filter_map(unread).collect()
+    }
+}
+
+/// A JSON file that must be there and hold an object.
+fn read_object(folder: &Folder, name: &str) -> Result<(Map<String, Value>, Watched), CheckpointError> {
+    let path = folder.path().join(name);
+    match read_json(folder, name)? {
+        Some((Value::Object(object), watched)) => Ok((object, watched)),
+        Some((other, _)) => Err(CheckpointError::NotAnObject { path, found: json::kind(&other) }),
+        None => Err(CheckpointError::MissingFile { path }),
     }
 }
 

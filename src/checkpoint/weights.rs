@@ -52,7 +52,8 @@ pub struct Weights {
     folder: PathBuf,
     files: Vec<OpenFile>,
     tensors: BTreeMap<String, TensorEntry>,
-    index: Option<Watched>,
+    /// Those of sharded folders.
+    indexes: Vec<Watched>,
 }
 
 #[derive(Debug)]
@@ -108,7 +109,7 @@ impl Weights {
     }
 
     fn single(folder: &Folder, name: &str, file: File) -> Result<Weights, CheckpointError> {
-        let mut weights = Weights::empty(folder, None);
+        let mut weights = Weights::empty(folder);
         for (name, located) in weights.add(folder.path().join(name), file)? {
             weights.tensors.insert(name, located);
         }
@@ -119,7 +120,8 @@ impl Weights {
         let index_path = folder.path().join(name);
         let places = weight_map(&index_path, index)?;
         let shards: BTreeSet<&str> = places.values().copied().collect();
-        let mut weights = Weights::empty(folder, Some(watched));
+        let mut weights = Weights::empty(folder);
+        weights.indexes.push(watched);
         let (mut strangers, mut absent) = (Vec::new(), Vec::new());
         for shard in shards {
             let Some(file) = folder.file(shard)? else {
@@ -151,8 +153,20 @@ impl Weights {
         }
     }
 
-    fn empty(folder: &Folder, index: Option<Watched>) -> Weights {
-        Weights { folder: folder.path().to_owned(), files: Vec::new(), tensors: BTreeMap::new(), index }
+    pub(super) fn empty(folder: &Folder) -> Weights {
+        let folder = folder.path().to_owned();
+        Weights { folder, files: Vec::new(), tensors: BTreeMap::new(), indexes: Vec::new() }
+    }
+
+    /// Takes over the weights of a part, `PART.` put before their names.
+    pub(super) fn join(&mut self, part: &str, other: Weights) {
+        let before = self.files.len();
+        let tensors = other.tensors.into_iter();
+        self.tensors.extend(
+            tensors.map(|(name, entry)| (format!("{part}.{name}"), TensorEntry { file: before + entry.file, ..entry })),
+        );
+        self.files.extend(other.files);
+        self.indexes.extend(other.indexes);
     }
 
     /// Keeps a file open and gives what its header says.
@@ -219,7 +233,7 @@ impl Weights {
 
     /// Checks that every file still is the one that was opened: same device, inode, size and time of change.
     pub fn unchanged(&self) -> Result<(), CheckpointError> {
-        self.files.iter().map(|file| &file.watched).chain(&self.index).try_for_each(Watched::unchanged)
+        self.files.iter().map(|file| &file.watched).chain(&self.indexes).try_for_each(Watched::unchanged)
     }
 }
 
@@ -245,7 +259,7 @@ fn weight_map<'v>(path: &Path, index: &'v Value) -> Result<BTreeMap<&'v str, &'v
 
 fn read_header(path: &Path, file: &File, file_bytes: u64) -> Result<BTreeMap<String, Located>, CheckpointError> {
     let failed = |source| CheckpointError::Io { path: path.to_owned(), source };
-    let broken = |fault| CheckpointError::Header { file: path.to_owned(), fault };
+    let broken = |fault| CheckpointError::Header { file: path.to_owned(), fault: Box::new(fault) };
     let mut start = vec![0; file_bytes.min(8) as usize];
     if path.extension().is_some_and(|ending| ending == "bin") {
         return torch_bin::tensors(file, file_bytes).map_err(|fault| match fault {

@@ -60,7 +60,7 @@ fn text(args: &EvalTextArgs, printer: &Printer) -> Result<(), Failure> {
     let mut results = Vec::new();
     for quant in &args.quant {
         let compiled = compiled(&args.model, args.dtype.0, quant, "none", Logits::All, printer)?;
-        let tokens = TextProcessor::open(compiled.source.checkpoint.folder())?.encode(&prose, true)?;
+        let tokens = TextProcessor::open_parts(&compiled.source.folders())?.encode(&prose, true)?;
         let tokens: Vec<i32> = tokens.iter().take(args.tokens).map(|&token| token as i32).collect();
         if args.window < 2 || tokens.len() < args.window {
             let message = format!("the text has {} tokens, a window takes {}", tokens.len(), args.window);
@@ -177,7 +177,7 @@ fn session(compiled: &Compiled) -> Result<Session, Failure> {
     let values = CheckpointValues { source: &compiled.source, compute: compiled.dtype };
     let networks = compiled.networks.iter().map(|passed| passed.network.clone()).collect();
     let reference = Reference::from_networks(networks, &values, config.clone())?;
-    let processor = Processor::open(compiled.source.checkpoint.folder())?;
+    let processor = Processor::open_parts(&compiled.source.folders())?;
     Ok(Session::new(Box::new(reference), processor, config))
 }
 

@@ -43,16 +43,21 @@ impl ChatTemplate {
     /// # Errors
     /// A file is unreadable or malformed.
     pub fn open(folder: &Path, multimodal: bool) -> Result<Option<Self>, ProcessorError> {
-        let config = read_json(folder, "tokenizer_config.json")?.unwrap_or(Value::Null);
-        let source = match read_text(folder, "chat_template.jinja")? {
+        Self::open_parts(&[folder], multimodal)
+    }
+
+    /// As [`ChatTemplate::open`] where the files lie in several folders: the first folder that has a file gives it.
+    pub(super) fn open_parts(folders: &[&Path], multimodal: bool) -> Result<Option<Self>, ProcessorError> {
+        let config = read_json(folders, "tokenizer_config.json")?.unwrap_or(Value::Null);
+        let source = match read_text(folders, "chat_template.jinja")? {
             Some(source) => Some(source),
-            None => match read_json(folder, "chat_template.json")? {
+            None => match read_json(folders, "chat_template.json")? {
                 Some(values) => template_of(&values),
                 None => template_of(&config),
             },
         };
         Ok(source.map(|source| Self {
-            folder: folder.to_owned(),
+            folder: folders.first().map_or_else(PathBuf::new, |folder| folder.to_path_buf()),
             source,
             special_tokens: SPECIAL_TOKENS.map(|name| (name, special_token(&config, name))).to_vec(),
             multimodal,

@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -33,8 +33,16 @@ impl Processor {
     /// # Errors
     /// tokenizer.json is missing, or a file is unreadable, malformed, or holds a setting that cannot be followed.
     pub fn open(folder: &Path) -> Result<Self, ProcessorError> {
-        let preprocessor = read_json(folder, "preprocessor_config.json")?;
-        let processor = read_json(folder, "processor_config.json")?;
+        Self::open_parts(&[folder])
+    }
+
+    /// As [`Processor::open`] where the files lie in several folders: the first folder that has a file gives it.
+    ///
+    /// # Errors
+    /// As [`Processor::open`].
+    pub fn open_parts(folders: &[&Path]) -> Result<Self, ProcessorError> {
+        let preprocessor = read_json(folders, "preprocessor_config.json")?;
+        let processor = read_json(folders, "processor_config.json")?;
         // A checkpoint with more than a tokenizer: HF renders its chats by another rule.
         let multimodal = preprocessor.is_some() || processor.is_some();
         let nested = processor.as_ref().is_some_and(|processor| processor.get("image_processor").is_some());
@@ -43,14 +51,24 @@ impl Processor {
         } else {
             None
         };
-        Ok(Self { image, text: TextProcessor::open(folder)?, chat: ChatTemplate::open(folder, multimodal)? })
+        Ok(Self {
+            image,
+            text: TextProcessor::open_parts(folders)?,
+            chat: ChatTemplate::open_parts(folders, multimodal)?,
+        })
     }
 }
 
-/// A JSON file of the folder; `None` where there is no such file.
-pub(super) fn read_json(folder: &Path, name: &str) -> Result<Option<Value>, ProcessorError> {
-    let path = folder.join(name);
-    let Some(text) = read_text(folder, name)? else {
+/// Where a file lies: in the first folder that has it, else in the first.
+pub(super) fn find(folders: &[&Path], name: &str) -> PathBuf {
+    let has = folders.iter().find(|folder| folder.join(name).exists());
+    has.or(folders.first()).map_or_else(|| name.into(), |folder| folder.join(name))
+}
+
+/// A JSON file of the folders; `None` where there is no such file.
+pub(super) fn read_json(folders: &[&Path], name: &str) -> Result<Option<Value>, ProcessorError> {
+    let path = find(folders, name);
+    let Some(text) = read_text(folders, name)? else {
         return Ok(None);
     };
     let parsed =
@@ -58,9 +76,9 @@ pub(super) fn read_json(folder: &Path, name: &str) -> Result<Option<Value>, Proc
     Ok(Some(parsed))
 }
 
-/// A text file of the folder; `None` where there is no such file.
-pub(super) fn read_text(folder: &Path, name: &str) -> Result<Option<String>, ProcessorError> {
-    let path = folder.join(name);
+/// A text file of the folders; `None` where there is no such file.
+pub(super) fn read_text(folders: &[&Path], name: &str) -> Result<Option<String>, ProcessorError> {
+    let path = find(folders, name);
     match std::fs::read_to_string(&path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),

@@ -6,7 +6,7 @@ use serde_json::Value;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::error::ProcessorError;
-use super::folder::read_json;
+use super::folder::{find, read_json};
 use super::stream::TextStream;
 
 /// The tokenizer of a checkpoint and the ids that end its answers.
@@ -25,18 +25,26 @@ impl TextProcessor {
     /// # Errors
     /// tokenizer.json is missing or malformed, or another file is malformed or contradicts it.
     pub fn open(folder: &Path) -> Result<Self, ProcessorError> {
-        let path = folder.join("tokenizer.json");
+        Self::open_parts(&[folder])
+    }
+
+    /// As [`TextProcessor::open`] where the files lie in several folders: the first folder that has a file gives it.
+    ///
+    /// # Errors
+    /// As [`TextProcessor::open`].
+    pub fn open_parts(folders: &[&Path]) -> Result<Self, ProcessorError> {
+        let path = find(folders, "tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|source| ProcessorError::Read { path: path.clone(), source })?;
         let mut tokenizer = Tokenizer::from_bytes(bytes)
             .map_err(|error| ProcessorError::Parse { path: path.clone(), reason: error.to_string() })?;
         // Kept from training; HF resets both with each call.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|error| ProcessorError::Parse { path, reason: error.to_string() })?;
-        let config = read_json(folder, "tokenizer_config.json")?;
+        let config = read_json(folders, "tokenizer_config.json")?;
         if let Some(config) = &config {
             add_tokens(&mut tokenizer, config)?;
         }
-        let generation = read_json(folder, "generation_config.json")?;
+        let generation = read_json(folders, "generation_config.json")?;
         let mut eos_ids = match generation.as_ref().and_then(|values| values.get("eos_token_id")) {
             Some(value) => eos_of(value)?,
             None => Vec::new(),

@@ -116,6 +116,26 @@ pub(crate) fn write_checkpoint(folder: &Path, config: &Value, tensors: &Tensors,
     }
 }
 
+/// Copies a folder with those in it; what is read-only may be written there.
+pub(crate) fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        match path.is_dir() {
+            true => copy_folder(&path, &target),
+            false => std::fs::write(&target, std::fs::read(&path).unwrap()).unwrap(),
+        }
+    }
+}
+
+/// Changes a JSON file in place.
+pub(crate) fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    edit(&mut value);
+    std::fs::write(path, value.to_string()).unwrap();
+}
+
 /// Builds for the reference with extra flags.
 pub(crate) fn build_reference(checkpoint: &Path, output: &Path, flags: &[&str]) {
     let all = [
