@@ -79,6 +79,19 @@ fn blip2_with_t5_builds() {
 }
 
 #[test]
+fn vila_builds() {
+    let root = tempfile::tempdir().unwrap();
+    for name in ["vila-v15-siglip", "vila-v10-clip"] {
+        for (dtype, quant) in [("float16", "none"), ("float16", "int4-g16"), ("bfloat16", "int8")] {
+            let output = root.path().join(format!("{name}-{dtype}-{quant}"));
+            let flags = ["--dtype", dtype, "--quant", quant, "--vision-quant", quant, "--gpu", "sm89,sm120"];
+            build(&fixture(name), &output, &[&flags[..], &["--max-batch-size", "2"]].concat());
+            assert_eq!(manifest(&output)["targets"]["rtx"]["gpus"], json!(["sm89", "sm120"]));
+        }
+    }
+}
+
+#[test]
 fn other_shapes_build() {
     let root = tempfile::tempdir().unwrap();
     let changes = [

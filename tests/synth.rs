@@ -136,6 +136,29 @@ fn build_and_run_take_it() {
     assert!(!ids(&found[0]).is_empty());
 }
 
+/// VILA's three folders, each with its config; a vocabulary of 400 has room for the bytes.
+#[test]
+fn parts_are_written_into_their_folders() {
+    let root = tempfile::tempdir().unwrap();
+    let (folder, output, black) =
+        (root.path().join("checkpoint"), root.path().join("engines"), root.path().join("black.png"));
+    let config = fixture("vila-v15-siglip").join("config.json");
+    synth(&config.display().to_string(), &folder, &["--layers", "3"]);
+    let files = ["llm/model.safetensors", "vision_tower/preprocessor_config.json", "mm_projector/config.json"];
+    assert!(files.iter().all(|file| folder.join(file).is_file()) && !folder.join("model.safetensors").exists());
+    let source = open(&folder);
+    assert_eq!((source.facts().layers, source.checkpoint.folders().len()), (3, 4));
+    assert!(source.coverage().ignored.is_empty() && source.coverage().unused.is_empty());
+    build_reference(&folder, &output, &[]);
+    image::RgbImage::new(40, 30).save(&black).unwrap();
+    let black = black.display().to_string();
+    let found = run(&output, &["--image", &black, "--prompt", "<image>What?", "--max-new-tokens", "6"]);
+    assert!(!ids(&found[0]).is_empty());
+    let again = root.path().join("again");
+    synth(&config.display().to_string(), &again, &["--layers", "3"]);
+    assert_eq!(contents(&folder), contents(&again));
+}
+
 /// The smallest shape: 49152 rows of a tied embedding, and layers to the same scheme.
 #[test]
 fn a_named_shape_has_the_statistics_of_its_kinds() {

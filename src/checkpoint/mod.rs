@@ -24,6 +24,7 @@ pub use error::CheckpointError;
 pub use fault::HeaderFault;
 pub use hub::{Download, HubError};
 pub use nearest::nearest;
+pub(crate) use parts::PARTS;
 pub use weights::{TensorEntry, Weights, open_weights};
 
 use containment::Folder;

@@ -5,7 +5,7 @@ use super::{CheckpointError, read_object};
 use serde_json::{Map, Value};
 
 /// Keys of the root's config, and the folder that each is about.
-pub(super) const PARTS: [(&str, &str); 3] =
+pub(crate) const PARTS: [(&str, &str); 3] =
     [("llm_cfg", "llm"), ("vision_tower_cfg", "vision_tower"), ("mm_projector_cfg", "mm_projector")];
 
 /// One folder of a checkpoint.

@@ -6,23 +6,44 @@ use std::collections::BTreeMap;
 
 const BYTES: usize = 256;
 
-/// File names and contents, config.json last.
-pub(super) fn files(config: &Value, facts: &Facts) -> Result<Vec<(&'static str, Value)>, SynthError> {
+/// Paths and contents, the folder's own config.json last. `parts` are keys of the config and folders.
+pub(super) fn files(config: &Value, facts: &Facts, parts: &[(&str, &str)]) -> Result<Vec<(String, Value)>, SynthError> {
     let tokens = Tokens::new(config, facts)?;
+    let place = |key: &str, name: &str| match parts.iter().find(|(part, _)| *part == key) {
+        Some((_, folder)) => format!("{folder}/{name}"),
+        None => name.to_owned(),
+    };
     let mut files = vec![
-        ("generation_config.json", tokens.generation(config)),
-        ("tokenizer.json", tokens.tokenizer()),
-        ("tokenizer_config.json", tokens.settings(facts)),
+        (place("llm_cfg", "generation_config.json"), tokens.generation(config)),
+        (place("llm_cfg", "tokenizer.json"), tokens.tokenizer()),
+        (place("llm_cfg", "tokenizer_config.json"), tokens.settings(facts)),
     ];
     if let Some(pictures) = facts.pictures {
-        files.push(("preprocessor_config.json", preprocessor(pictures)));
+        let vision = config.get("vision_tower_cfg").or(config.get("vision_config"));
+        let siglip = vision.and_then(|vision| vision.get("model_type")) == Some(&json!("siglip_vision_model"));
+        let settings = if siglip { siglip_settings(pictures) } else { clip_settings(pictures) };
+        files.push((place("vision_tower_cfg", "preprocessor_config.json"), settings));
     }
-    files.push(("config.json", config.clone()));
+    for (key, _) in parts {
+        files.push((place(key, "config.json"), config.get(key).cloned().unwrap_or_default()));
+    }
+    files.push(("config.json".to_owned(), config.clone()));
     Ok(files)
 }
 
-/// CLIP's settings at the size that the vision network takes.
-fn preprocessor(pictures: PictureFacts) -> Value {
+fn siglip_settings(pictures: PictureFacts) -> Value {
+    let [height, width] = pictures.size;
+    json!({
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": true,
+        "do_resize": true, "size": { "height": height, "width": width }, "resample": 3,
+        "do_rescale": true, "rescale_factor": 1.0 / 255.0,
+        "do_normalize": true, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    })
+}
+
+/// At the size that the vision network takes.
+fn clip_settings(pictures: PictureFacts) -> Value {
     let [height, width] = pictures.size;
     json!({
         "image_processor_type": "CLIPImageProcessor",
@@ -132,7 +153,7 @@ impl Tokens {
 
 /// A key of the language part, else of the whole config; null counts as missing.
 fn value_of<'c>(config: &'c Value, key: &str) -> Option<&'c Value> {
-    let parts = [config.get("text_config"), Some(config)];
+    let parts = [config.get("text_config"), config.get("llm_cfg"), Some(config)];
     parts.into_iter().flatten().filter_map(|part| part.get(key)).find(|value| !value.is_null())
 }
 

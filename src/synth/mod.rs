@@ -8,6 +8,7 @@ mod weights;
 pub use shapes::find;
 pub use weights::Summary;
 
+use crate::checkpoint::PARTS;
 use graphs::{DType, GraphError, Logits, Model};
 use serde_json::{Value, json};
 use std::io;
@@ -74,10 +75,11 @@ pub fn write(order: &Order, folder: &Path, progress: &(dyn Fn(u64, u64) + Sync))
     }
     let (config, model) = resolve(order)?;
     let networks = model.networks(order.dtype, Logits::Last)?;
-    let companions = companions::files(&config, &model.facts())?;
-    let tensors = weights::tensors(&networks);
+    let parts: Vec<(&str, &str)> = PARTS.into_iter().filter(|(key, _)| config.get(key).is_some()).collect();
+    let companions = companions::files(&config, &model.facts(), &parts)?;
+    let groups = weights::groups(weights::tensors(&networks), &parts);
     let made = claim(folder)?;
-    let written = weights::write(&tensors, order.dtype, order.seed, folder, progress).and_then(|summary| {
+    let written = draw(&groups, order, folder, progress).and_then(|summary| {
         // The config comes last: a folder without it is no checkpoint, should this one be cut off.
         for (name, content) in companions {
             let path = folder.join(name);
@@ -91,13 +93,40 @@ pub fn write(order: &Order, folder: &Path, progress: &(dyn Fn(u64, u64) + Sync))
     written
 }
 
+/// Writes each group of tensors into its folder.
+fn draw(
+    groups: &[(&str, Vec<weights::Tensor>)],
+    order: &Order,
+    folder: &Path,
+    progress: &(dyn Fn(u64, u64) + Sync),
+) -> Result<Summary, SynthError> {
+    let total = groups.iter().map(|(_, tensors)| weights::bytes(tensors, order.dtype)).sum();
+    let mut summary = Summary::default();
+    for (part, tensors) in groups {
+        let place = if part.is_empty() { folder.to_owned() } else { folder.join(part) };
+        std::fs::create_dir_all(&place).map_err(SynthError::writing(&place))?;
+        let before = summary.bytes;
+        let progress = |done, _| progress(before + done, total);
+        let written = weights::write(tensors, order.dtype, order.seed, &place, &progress)?;
+        let name = |name: String| if part.is_empty() { name } else { format!("{part}/{name}") };
+        summary.files.extend(written.files.into_iter().map(name));
+        summary.tensors += written.tensors;
+        summary.values += written.values;
+        summary.bytes += written.bytes;
+    }
+    Ok(summary)
+}
+
 /// The config as it is written, and its model.
 fn resolve(order: &Order) -> Result<(Value, Model), SynthError> {
     let mut config = order.config.clone();
     set_dtype(&mut config, order.dtype);
     if let Some(layers) = order.layers {
-        let nested = config.get("text_config").is_some_and(Value::is_object);
-        let language = if nested { config.get_mut("text_config") } else { Some(&mut config) };
+        let nested = ["text_config", "llm_cfg"].into_iter().find(|key| config.get(key).is_some_and(Value::is_object));
+        let language = match nested {
+            Some(key) => config.get_mut(key),
+            None => Some(&mut config),
+        };
         if let Some(keys) = language.and_then(Value::as_object_mut) {
             keys.insert("num_hidden_layers".into(), json!(layers));
         }
@@ -142,7 +171,8 @@ fn claim(folder: &Path) -> Result<bool, SynthError> {
 fn empty(folder: &Path, made: bool) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         // The failure that is reported matters more than one met while cleaning up after it.
-        let _ = std::fs::remove_file(entry.path());
+        let path = entry.path();
+        let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
     }
     if made {
         let _ = std::fs::remove_dir(folder);

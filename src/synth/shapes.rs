@@ -6,7 +6,7 @@ use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 
 /// Name, and config.json as on the hub.
-const SHAPES: [(&str, &str); 9] = [
+const SHAPES: [(&str, &str); 10] = [
     // llava-hf/llava-1.5-7b-hf
     (
         "llava-1.5-7b",
@@ -86,6 +86,63 @@ const SHAPES: [(&str, &str); 9] = [
             "vision_feature_layer": -2,
             "vision_feature_select_strategy": "default",
             "vocab_size": 32064
+        }"#,
+    ),
+    // Efficient-Large-Model/VILA1.5-3b, put together from its parts: Sheared-LLaMA-2.7B, siglip-so400m-patch14-384
+    (
+        "vila1.5-3b",
+        r#"{
+            "architectures": ["LlavaLlamaModel"],
+            "hidden_size": 2560,
+            "image_aspect_ratio": "resize",
+            "llm_cfg": {
+                "architectures": ["LlamaForCausalLM"],
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "hidden_act": "silu",
+                "hidden_size": 2560,
+                "intermediate_size": 6912,
+                "max_position_embeddings": 4096,
+                "model_type": "llama",
+                "num_attention_heads": 20,
+                "num_hidden_layers": 32,
+                "num_key_value_heads": 20,
+                "pad_token_id": 0,
+                "rms_norm_eps": 1e-05,
+                "rope_scaling": null,
+                "tie_word_embeddings": false,
+                "torch_dtype": "bfloat16",
+                "vocab_size": 32000
+            },
+            "mm_hidden_size": 1152,
+            "mm_projector_cfg": {
+                "architectures": ["MultimodalProjector"],
+                "mm_projector_type": "mlp_downsample",
+                "model_type": "v2l_projector",
+                "torch_dtype": "bfloat16"
+            },
+            "mm_use_im_patch_token": false,
+            "mm_use_im_start_end": false,
+            "mm_vision_select_feature": "cls_patch",
+            "mm_vision_select_layer": -2,
+            "model_dtype": "torch.bfloat16",
+            "model_type": "llava_llama",
+            "s2": false,
+            "tokenizer_model_max_length": 4096,
+            "vision_tower_cfg": {
+                "architectures": ["SiglipVisionModel"],
+                "hidden_act": "gelu_pytorch_tanh",
+                "hidden_size": 1152,
+                "image_size": 384,
+                "intermediate_size": 4304,
+                "layer_norm_eps": 1e-06,
+                "model_type": "siglip_vision_model",
+                "num_attention_heads": 16,
+                "num_channels": 3,
+                "num_hidden_layers": 27,
+                "patch_size": 14,
+                "torch_dtype": "bfloat16"
+            }
         }"#,
     ),
     // meta-llama/Llama-2-7b-hf
@@ -357,6 +414,8 @@ mod tests {
         let wanted = [
             ("llava-1.5-7b", 7063 - 13),
             ("llava-1.5-13b", 13_351 - 13),
+            // Sheared-LLaMA 2701.6, SigLIP 428.2 without its last block and head of 15.2 each, the projector 18.4.
+            ("vila1.5-3b", 3117),
             ("llama-2-7b", 6738),
             ("llama-2-13b", 13_015),
             ("llama-3.1-8b", 8030),

@@ -34,9 +34,9 @@ impl Tensor {
 }
 
 /// What was written.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Names in the folder, in order.
+    /// Paths in the folder, in order.
     pub files: Vec<String>,
     pub tensors: usize,
     pub values: u64,
@@ -57,6 +57,25 @@ pub(super) fn tensors(networks: &[Network]) -> Vec<Tensor> {
         }
     }
     list
+}
+
+/// The tensors of each part (a key of the config and a folder), without the folder in their names; all of them for the
+/// checkpoint's own folder, named by the empty text, where there are no parts.
+pub(super) fn groups<'p>(tensors: Vec<Tensor>, parts: &[(&str, &'p str)]) -> Vec<(&'p str, Vec<Tensor>)> {
+    if parts.is_empty() {
+        return vec![("", tensors)];
+    }
+    let named = |tensor: &Tensor, part: &str| {
+        let name = tensor.name.strip_prefix(part)?.strip_prefix('.')?;
+        Some(Tensor { name: name.to_owned(), ..tensor.clone() })
+    };
+    let group =
+        |&(_, part): &(&str, &'p str)| (part, tensors.iter().filter_map(|tensor| named(tensor, part)).collect());
+    parts.iter().map(group).collect()
+}
+
+pub(super) fn bytes(tensors: &[Tensor], dtype: DType) -> u64 {
+    tensors.iter().map(|tensor| dtype.bytes(tensor.count()) as u64).sum()
 }
 
 struct Shard<'t> {
