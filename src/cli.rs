@@ -94,6 +94,9 @@ pub struct ModelOptions {
     /// Take the language part from another checkpoint: BLIP-2's OPT
     #[arg(long, value_name = "MODEL")]
     pub language: Option<String>,
+    /// Take the vision tower from this folder or hub id, where the checkpoint has none [default: what config.json names]
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<String>,
     /// Kinds of engines
     #[arg(long, value_enum, value_delimiter = ',', default_value = "rtx,reference")]
     pub target: Vec<Target>,

@@ -3,11 +3,12 @@ use crate::checkpoint::{Checkpoint, Options};
 use crate::engine_dir::{SizeError, SizeRequest, Sizes};
 use crate::passes::{self, PassError, Passed};
 use crate::source::{ModelError, ModelSource};
+use crate::vision_tower;
 use graphs::{DType, Logits};
 use quant::{QuantError, Recipe};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -45,6 +46,8 @@ pub struct Request {
     pub model: String,
     /// Likewise, of the language part where that is a checkpoint of its own.
     pub language: Option<String>,
+    /// Likewise, of the vision tower where it is not the one that config.json names.
+    pub vision_tower: Option<String>,
     /// The checkpoint's own type where nothing is asked for.
     pub dtype: Option<DType>,
     /// Preset or recipe file of the language network.
@@ -80,9 +83,12 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     let vision = Recipe::load(&request.vision_quant)?;
     let open = |model: &str| Checkpoint::open(model, options).map_err(ModelError::from);
     let checkpoint = open(&request.model)?;
-    let source = match &request.language {
-        Some(language) => ModelSource::with_language(checkpoint, open(language)?)?,
-        None => ModelSource::new(checkpoint)?,
+    let from_hub = !Path::new(&request.model).exists();
+    let tower = vision_tower::open(&checkpoint, request.vision_tower.as_deref(), from_hub, options)?;
+    let source = match (&request.language, tower) {
+        (Some(language), _) => ModelSource::with_language(checkpoint, open(language)?)?,
+        (None, Some(tower)) => ModelSource::with_tower(checkpoint, tower)?,
+        (None, None) => ModelSource::new(checkpoint)?,
     };
     let sizes = request.sizes.resolve(&source.facts())?;
     let dtype = request.dtype.unwrap_or_else(|| source.dtype());

@@ -21,3 +21,4 @@ pub mod runtime;
 pub mod source;
 pub mod synth;
 pub mod verify;
+pub mod vision_tower;

@@ -1,10 +1,10 @@
 //! A checkpoint that is known to fit its model: canonical names over whatever the files call their tensors.
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorEntry, nearest};
 use graphs::interpret::Values;
-use graphs::{Coverage, DType, Facts, GraphError, Logits, Model, Network, Weight, cover};
+use graphs::{Coverage, DType, Facts, GraphError, Logits, Model, Network, VISION_TOWER, Weight, cover};
 use quant::{Entry, Source, SourceError};
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 /// Faults listed one by one before the rest is only counted.
@@ -18,6 +18,10 @@ pub enum ModelError {
     Graph(#[from] GraphError),
     #[error("`{language}` is no language part for `{model}`")]
     Language { model: String, language: String, source: Box<GraphError> },
+    #[error("the vision tower `{name}`, which config.json names, is not found: looked {}", places(.folders))]
+    NoTower { name: String, folders: Vec<PathBuf> },
+    #[error("`{given}` is given as vision tower, and the model takes none")]
+    TowerNotWanted { given: String },
     #[error("the weights in `{folder}` do not fit config.json:{}", list(.faults))]
     Misfit { folder: String, faults: Vec<Fault> },
 }
@@ -45,12 +49,19 @@ fn list(faults: &[Fault]) -> String {
     text
 }
 
+fn places(folders: &[PathBuf]) -> String {
+    let folders = folders.iter().map(|folder| format!("at `{}`, ", folder.display()));
+    format!("{}in the hub's cache", folders.collect::<String>())
+}
+
 impl ModelError {
     pub fn hint(&self) -> Option<String> {
         match self {
             ModelError::Checkpoint(error) => error.hint(),
             ModelError::Graph(error) => error.hint(),
             ModelError::Language { .. } => Some("--language takes the checkpoint that the model was made of".into()),
+            ModelError::NoTower { .. } => Some("give its folder or hub id with --vision-tower".into()),
+            ModelError::TowerNotWanted { .. } => Some("leave --vision-tower out: the checkpoint has its own".into()),
             ModelError::Misfit { .. } => {
                 Some("the config must be the one that belongs to the weights, and every shard must be there".into())
             }
@@ -66,6 +77,8 @@ pub struct ModelSource {
     coverage: Coverage,
     /// Where the language part's tensors come from, if not from `checkpoint`.
     language: Option<Box<ModelSource>>,
+    /// The vision tower's folder, where it has one of its own.
+    tower: Option<Checkpoint>,
 }
 
 impl ModelSource {
@@ -77,11 +90,11 @@ impl ModelSource {
         let model = Model::from_config(checkpoint.config())?;
         let networks = model.networks(DType::Float32, Logits::Last)?;
         let coverage = cover(&model, &networks, checkpoint.tensors().map(|(name, _)| name));
-        let faults = faults(&checkpoint, &networks, &coverage);
+        let faults = faults(&networks, &coverage, |name| checkpoint.tensor(coverage.found.get(name)?));
         if !faults.is_empty() {
             return Err(ModelError::Misfit { folder: checkpoint.folder().display().to_string(), faults });
         }
-        Ok(ModelSource { checkpoint, model, coverage, language: None })
+        Ok(ModelSource { checkpoint, model, coverage, language: None, tower: None })
     }
 
     /// The same with the language part of another checkpoint, which is checked by itself and must fit. Tensors of the
@@ -103,18 +116,43 @@ impl ModelSource {
             checkpoint.tensors().map(|(name, _)| name).partition(|name| name.starts_with(prefix));
         let mut coverage = cover(&model, &networks, own.into_iter());
         coverage.ignored.extend(theirs.into_iter().map(str::to_owned));
-        let faults = faults(&checkpoint, &networks, &coverage);
+        let faults = faults(&networks, &coverage, |name| checkpoint.tensor(coverage.found.get(name)?));
         if !faults.is_empty() {
             return Err(ModelError::Misfit { folder: folder(&checkpoint), faults });
         }
         let found = other.coverage.found.iter().map(|(name, stored)| (format!("{prefix}{name}"), stored.clone()));
         coverage.found.extend(found);
-        Ok(ModelSource { checkpoint, model, coverage, language: Some(Box::new(other)) })
+        Ok(ModelSource { checkpoint, model, coverage, language: Some(Box::new(other)), tower: None })
+    }
+
+    /// The same with a vision tower from another folder, whose names are taken to follow [`VISION_TOWER`].
+    ///
+    /// # Errors
+    /// As [`ModelSource::new`].
+    pub fn with_tower(checkpoint: Checkpoint, tower: Checkpoint) -> Result<ModelSource, ModelError> {
+        let mut config = checkpoint.config().clone();
+        // CLIP's own config holds that of its text side too.
+        config["vision_config"] = tower.config().get("vision_config").unwrap_or(tower.config()).clone();
+        let model = Model::from_config(&config)?;
+        let networks = model.networks(DType::Float32, Logits::Last)?;
+        let mut names: Vec<String> = checkpoint.tensors().map(|(name, _)| name.to_owned()).collect();
+        // A tower that was trained with the rest lies among it, and then its own folder is out of date.
+        if !names.iter().any(|name| name.starts_with("model.vision_tower.")) {
+            names.extend(tower.tensors().map(|(name, _)| format!("{VISION_TOWER}{name}")));
+        }
+        let coverage = cover(&model, &networks, names.iter().map(String::as_str));
+        let source = ModelSource { checkpoint, model, coverage, language: None, tower: Some(tower) };
+        let faults = faults(&networks, &source.coverage, |name| source.tensor(name).map(|(_, entry)| entry));
+        if !faults.is_empty() {
+            return Err(ModelError::Misfit { folder: source.checkpoint.folder().display().to_string(), faults });
+        }
+        Ok(source)
     }
 
     /// Every checkpoint that the model is read from; the one that it is named by comes first.
     pub fn checkpoints(&self) -> impl Iterator<Item = &Checkpoint> {
-        std::iter::once(&self.checkpoint).chain(self.language.iter().map(|other| &other.checkpoint))
+        let others = self.language.iter().map(|other| &other.checkpoint).chain(&self.tower);
+        std::iter::once(&self.checkpoint).chain(others)
     }
 
     /// Where a file of the model that is no weights may lie, in the order in which to look.
@@ -122,11 +160,12 @@ impl ModelSource {
         self.checkpoints().flat_map(Checkpoint::folders).collect()
     }
 
-    /// The checkpoint that holds a tensor.
-    fn holder(&self, name: &str) -> &Checkpoint {
-        match &self.language {
-            Some(other) if name.starts_with(self.model.language_prefix()) => &other.checkpoint,
-            _ => &self.checkpoint,
+    /// The checkpoint that holds a tensor of a canonical and a stored name, and the name in it.
+    fn holder<'s>(&'s self, name: &str, stored: &'s str) -> (&'s Checkpoint, &'s str) {
+        match (&self.language, &self.tower, stored.strip_prefix(VISION_TOWER)) {
+            (Some(other), ..) if name.starts_with(self.model.language_prefix()) => (&other.checkpoint, stored),
+            (_, Some(tower), Some(inner)) => (tower, inner),
+            _ => (&self.checkpoint, stored),
         }
     }
 
@@ -153,13 +192,14 @@ impl ModelSource {
     /// Where a tensor lies, by its canonical name.
     pub fn tensor(&self, name: &str) -> Option<(&str, &TensorEntry)> {
         let stored = self.coverage.found.get(name)?;
-        self.holder(name).tensor(stored).map(|entry| (stored.as_str(), entry))
+        let (checkpoint, inner) = self.holder(name, stored);
+        checkpoint.tensor(inner).map(|entry| (stored.as_str(), entry))
     }
 
     /// The file that a tensor lies in, by its canonical name.
     pub fn file_of(&self, name: &str) -> Option<&Path> {
         let (_, entry) = self.tensor(name)?;
-        self.holder(name).weights().path_of(entry)
+        self.holder(name, self.coverage.found.get(name)?).0.weights().path_of(entry)
     }
 
     pub fn coverage(&self) -> &Coverage {
@@ -167,7 +207,12 @@ impl ModelSource {
     }
 }
 
-fn faults(checkpoint: &Checkpoint, networks: &[Network], coverage: &Coverage) -> Vec<Fault> {
+/// `entry` gives what is stored of a canonical name.
+fn faults<'e>(
+    networks: &[Network],
+    coverage: &Coverage,
+    entry: impl Fn(&str) -> Option<&'e TensorEntry>,
+) -> Vec<Fault> {
     let unused = || coverage.unused.iter().map(String::as_str);
     let mut faults: Vec<Fault> = coverage
         .missing
@@ -180,7 +225,7 @@ fn faults(checkpoint: &Checkpoint, networks: &[Network], coverage: &Coverage) ->
     wanted.sort_unstable();
     wanted.dedup();
     for (name, shape) in wanted {
-        let Some(entry) = coverage.found.get(name).and_then(|stored| checkpoint.tensor(stored)) else { continue };
+        let Some(entry) = entry(name) else { continue };
         if entry.shape != shape {
             let (wanted, found) = (shape.to_vec(), entry.shape.clone());
             faults.push(Fault::Shape { name: name.into(), wanted, found });
@@ -198,7 +243,8 @@ impl Source for ModelSource {
 
     fn read(&self, name: &str, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
         let stored = self.coverage.found.get(name).map_or(name, String::as_str);
-        self.holder(name).read_into(stored, offset, buffer).map_err(SourceError::new)
+        let (checkpoint, inner) = self.holder(name, stored);
+        checkpoint.read_into(inner, offset, buffer).map_err(SourceError::new)
     }
 }
 

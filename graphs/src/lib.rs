@@ -21,7 +21,7 @@ pub use error::GraphError;
 pub use ir::{
     ActivationKind, Attention, Axis, BinaryKind, Cache, Dim, Mask, Network, Node, NodeId, NormKind, Op, Split, Type,
 };
-pub use models::{Aspect, DecoderFacts, Facts, Logits, Model, PictureFacts, Positions};
+pub use models::{Aspect, DecoderFacts, Facts, Logits, Model, PictureFacts, Positions, VISION_TOWER};
 pub use names::{Coverage, cover};
 pub use relative::RelativeBias;
 pub use rope::{Rope, RopeScaling};

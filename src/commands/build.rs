@@ -19,6 +19,7 @@ pub(super) fn request(options: &ModelOptions) -> Request {
     Request {
         model: options.model.clone(),
         language: options.language.clone(),
+        vision_tower: options.vision_tower.clone(),
         dtype: options.dtype.0,
         quant: options.quant.clone(),
         vision_quant: options.vision_quant.clone(),
@@ -138,7 +139,7 @@ pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<C
     for warning in source.checkpoints().flat_map(Checkpoint::warnings) {
         printer.warning(&warning);
     }
-    for note in source.checkpoint.notes() {
+    for note in source.checkpoints().flat_map(Checkpoint::notes) {
         printer.note(&note);
     }
     for choice in compiled.networks.iter().flat_map(|passed| &passed.assignments) {
@@ -191,6 +192,9 @@ fn command(args: &BuildArgs) -> String {
     let mut text = format!("trtvlm build {} -o DIR --target {}", name(&options.model), targets.join(","));
     if let Some(language) = &options.language {
         text += &format!(" --language {}", name(language));
+    }
+    if let Some(tower) = &options.vision_tower {
+        text += &format!(" --vision-tower {}", name(tower));
     }
     if options.target.contains(&Target::Rtx) || !options.target.contains(&Target::Tensorrt) {
         text += &format!(" --gpu {}", gpus.join(","));

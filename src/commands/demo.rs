@@ -90,6 +90,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
         options: ModelOptions {
             model: model.display().to_string(),
             language: None,
+            vision_tower: None,
             target: vec![Target::Rtx, Target::Reference],
             gpu: vec![89],
             dtype: DTypeChoice(Some(graphs::DType::Float16)),

@@ -32,6 +32,7 @@ fn compiled(
     let request = Request {
         model: model.to_owned(),
         language: None,
+        vision_tower: None,
         dtype,
         quant: quant.to_owned(),
         vision_quant: vision_quant.to_owned(),

@@ -94,10 +94,21 @@ pub enum Aspect {
     Resize,
 }
 
+/// What precedes the names of tensors that lie in a vision tower's own folder.
+pub const VISION_TOWER: &str = "vision_tower.";
+
 /// A prefix of canonical names and one that some files have in its place.
 pub type Alias = (&'static str, &'static str);
 
 impl Model {
+    /// The folder or hub model of the vision tower, by config.json of a checkpoint that comes without one (LLaVA's own).
+    /// The tower's config is wanted under `vision_config` by [`Model::from_config`].
+    pub fn vision_tower(config: &Value) -> Option<&str> {
+        let has = |key: &str| config.get(key).is_some_and(|value| !value.is_null());
+        let own = ["vision_config", "vision_tower_cfg"].into_iter().any(has);
+        config.get("mm_vision_tower")?.as_str().filter(|_| !own)
+    }
+
     /// Recognises the model by `architectures`, or by `model_type` where that is missing.
     ///
     /// # Errors

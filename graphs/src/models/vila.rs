@@ -1,5 +1,6 @@
 //! VILA 1.5 (three folders, SigLIP) and VILA 1.0 (one flat checkpoint in original LLaVA's names, CLIP): vision features
 //! through a projector into LLaMA's prompt (Lin et al. 2023, arXiv 2312.07533).
+//! LLaVA's own layout is VILA 1.0's without the vision tower, which it takes from a folder of its own.
 //! Names and semantics of the VILA sources, `llava/model/llava_arch.py` of tag v1.0 and of branch vila1.5.
 use super::llava::{feature_layers, never_runs};
 use super::{Alias, Aspect, Logits, PictureFacts};
@@ -115,8 +116,12 @@ impl Vila {
         PictureFacts { token_id: None, features, size: [size, size], aspect: self.aspect }
     }
 
-    /// SigLIP's pooling head, besides what no vision tower runs.
+    /// SigLIP's pooling head and CLIP's text side, besides what no vision tower runs.
     pub(super) fn ignores(&self, name: &str) -> bool {
+        let other = ["text_model.", "logit_scale", "logit_bias", "visual_projection.", "text_projection."];
+        if name.strip_prefix(super::VISION_TOWER).is_some_and(|rest| other.iter().any(|part| rest.starts_with(part))) {
+            return true;
+        }
         let Some(rest) = name.strip_prefix("vision_tower.vision_model.") else { return false };
         never_runs(rest, self.feature_layer) || (self.tower == Tower::Siglip && rest.starts_with("head."))
     }
