@@ -1,18 +1,16 @@
 //! BLIP-2 with OPT against the golden that transformers made, and OPT alone: name coverage, parity, the text of one layer.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 mod common;
 use common::*;
-use graphs::interpret::{Array, Caches, Interpreter};
-use graphs::{DType, Logits, Model, Network, cover};
-use safetensors::SafeTensors;
+use graphs::interpret::Array;
+use graphs::{DType, Logits, Model, cover};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 
 #[test]
 fn every_tensor_is_used_or_known_to_be_unused() {
-    let fixture = open("blip2-opt");
+    let fixture = open("blip2-opt", &[]);
     let networks = fixture.model.networks(DType::Float32, Logits::Last).unwrap();
-    let coverage = covered(&fixture, &networks);
+    let coverage = fixture.coverage(&networks);
     assert_eq!((coverage.missing, coverage.unused, coverage.ignored), (vec![], vec![], vec![]));
     assert_eq!(coverage.found.len(), 155);
     // What older files hold besides: the Q-Former's part for text, and the head, which repeats the embedding.
@@ -25,8 +23,8 @@ fn every_tensor_is_used_or_known_to_be_unused() {
     ];
     let odd =
         ["qformer.encoder.layer.1.crossattention.attention.key.weight", "qformer.encoder.layer.0.attention.output.x"];
-    let file = SafeTensors::deserialize(&fixture.weights).unwrap();
-    let names = file.names().into_iter().chain(old).chain(odd);
+    let names = fixture.names();
+    let names = names.iter().map(String::as_str).chain(old).chain(odd);
     let coverage = cover(&fixture.model, &networks, names);
     assert_eq!(coverage.ignored, old);
     assert_eq!(coverage.unused, [odd[1], odd[0]]);
@@ -34,37 +32,23 @@ fn every_tensor_is_used_or_known_to_be_unused() {
 
 #[test]
 fn vision_and_language_agree_with_transformers() {
-    let fixture = open("blip2-opt");
-    let networks = fixture.model.networks(DType::Float32, Logits::All).unwrap();
-    let coverage = covered(&fixture, &networks);
-    let source = Tensors { file: SafeTensors::deserialize(&fixture.weights).unwrap(), coverage: &coverage };
-    let golden = SafeTensors::deserialize(&fixture.golden).unwrap();
-    let [vision, language] =
-        <[Network; 2]>::try_from(networks).unwrap().map(|network| Interpreter::new(network, &source).unwrap());
-    let pixels = Array::float([1, 3, 28, 28], floats(&golden, "pixel_values"));
-    let mut tapped = BTreeMap::new();
-    let mut tap = |node: &graphs::Node, value: &Array| {
-        if let Ok(values) = value.floats() {
-            tapped.insert(node.path.clone(), values.to_vec());
-        }
-    };
-    let mut caches = Caches::new(vision.network(), 1, 0);
-    let outputs = vision.run(&BTreeMap::from([("input", pixels)]), &mut caches, Some(&mut tap)).unwrap();
-    let projected = outputs["output"].floats().unwrap();
+    let fixture = open("blip2-opt", &[]);
+    let [vision, language] = &fixture.interpreters(Logits::All)[..] else { panic!("two networks") };
+    let (projected, values) = see(vision, Array::float([1, 3, 28, 28], fixture.golden("pixel_values")));
     for (found, name) in [
-        (&tapped["vision_model.post_layernorm"][..], "vision_features"),
-        (&tapped["qformer.encoder.layer.3.output_query.LayerNorm"], "qformer_out"),
-        (projected, "projector_out"),
+        (&values["vision_model.post_layernorm"], "vision_features"),
+        (&values["qformer.encoder.layer.3.output_query.LayerNorm"], "qformer_out"),
+        (&projected, "projector_out"),
     ] {
-        let error = worst(found, &floats(&golden, name));
+        let error = worst(found, &fixture.golden(name));
         assert!(error < 1e-4, "{name}: {error}");
     }
-    check_language(&language, &fixture.model.facts(), &golden, projected, 320);
+    check_language(&fixture, language, projected, 320);
 }
 
 #[test]
 fn one_layer_as_text() {
-    let networks = open("blip2-opt").model.networks(DType::Float16, Logits::Last).unwrap();
+    let networks = open("blip2-opt", &[]).model.networks(DType::Float16, Logits::Last).unwrap();
     insta::assert_snapshot!("eva_layer", lines(&networks[0], " vision_model.encoder.layers.0."));
     insta::assert_snapshot!("qformer_layer", lines(&networks[0], " qformer.encoder.layer.0."));
     insta::assert_snapshot!("opt_layer", lines(&networks[1], " language_model.model.decoder.layers.0."));

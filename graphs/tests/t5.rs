@@ -1,27 +1,25 @@
 //! BLIP-2 with T5 against the golden that transformers made, and T5 alone: name coverage, parity, the text of layers.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
-#[allow(dead_code, reason = "shared with tests that use more of it")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 mod common;
 use common::*;
-use graphs::interpret::{Array, Caches, Interpreter};
-use graphs::{DType, Logits, Model, Network, cover};
-use safetensors::SafeTensors;
+use graphs::interpret::{Array, Caches};
+use graphs::{DType, Logits, Model, cover};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
 #[test]
 fn every_tensor_is_used() {
-    let fixture = open("blip2-t5");
+    let fixture = open("blip2-t5", &[]);
     let networks = fixture.model.networks(DType::Float32, Logits::Last).unwrap();
     let names: Vec<&str> = networks.iter().map(|network| network.name.as_str()).collect();
     assert_eq!(names, ["vision", "encoder", "cross", "decoder"]);
-    let coverage = covered(&fixture, &networks);
+    let coverage = fixture.coverage(&networks);
     assert_eq!((coverage.missing, coverage.unused, coverage.ignored), (vec![], vec![], vec![]));
     assert_eq!(coverage.found.len(), 171);
     // Without a head the embedding is the head; copies of the embedding may lie in the file.
-    let file = SafeTensors::deserialize(&fixture.weights).unwrap();
     let copies = ["language_model.decoder.embed_tokens.weight", "language_model.encoder.embed_tokens.weight"];
-    let names = file.names().into_iter().filter(|name| !name.ends_with("lm_head.weight")).chain(copies);
+    let names = fixture.names();
+    let names = names.iter().map(String::as_str).filter(|name| !name.ends_with("lm_head.weight")).chain(copies);
     let coverage = cover(&fixture.model, &networks, names);
     assert_eq!((coverage.missing, coverage.unused), (vec![], vec![]));
     assert_eq!(coverage.found["language_model.lm_head.weight"], "language_model.shared.weight");
@@ -31,23 +29,14 @@ fn every_tensor_is_used() {
 /// The prompt goes through the encoder once, then the decoder makes the golden's ids one by one.
 #[test]
 fn all_networks_agree_with_transformers() {
-    let fixture = open("blip2-t5");
+    let fixture = open("blip2-t5", &[]);
     let facts = fixture.model.facts();
-    let networks = fixture.model.networks(DType::Float32, Logits::Last).unwrap();
-    let coverage = covered(&fixture, &networks);
-    let source = Tensors { file: SafeTensors::deserialize(&fixture.weights).unwrap(), coverage: &coverage };
-    let golden = SafeTensors::deserialize(&fixture.golden).unwrap();
-    let [vision, encoder, cross, decoder] =
-        <[Network; 4]>::try_from(networks).unwrap().map(|network| Interpreter::new(network, &source).unwrap());
+    let [vision, encoder, cross, decoder] = &fixture.interpreters(Logits::Last)[..] else { panic!("four networks") };
     let mut none = Caches::new(vision.network(), 1, 0);
-    let pixels = Array::float([1, 3, 28, 28], floats(&golden, "pixel_values"));
-    let seen = vision.run(&BTreeMap::from([("input", pixels)]), &mut none, None).unwrap();
-    let projected = seen["output"].floats().unwrap();
-    let error = worst(projected, &floats(&golden, "projector_out"));
+    let (projected, _) = see(vision, Array::float([1, 3, 28, 28], fixture.golden("pixel_values")));
+    let error = worst(&projected, &fixture.golden("projector_out"));
     assert!(error < 1e-4, "{error}");
-    let mut ids = ints(&golden, "input_ids");
-    let places = ids.iter_mut().filter(|id| **id == 237).enumerate();
-    places.for_each(|(row, id)| *id = (facts.vocab + row) as i32);
+    let (mut ids, _) = spliced(&fixture, 237);
     // Two rows more than count: what pads a prompt must not change it.
     let length = ids.len();
     ids.extend([5, 6]);
@@ -55,13 +44,13 @@ fn all_networks_agree_with_transformers() {
     let inputs = BTreeMap::from([
         ("input_ids", Array::int([1, length + 2], ids)),
         ("source_lengths", lengths.clone()),
-        ("prompt_embedding_table", Array::float([4, facts.hidden], projected.to_vec())),
+        ("prompt_embedding_table", Array::float([4, facts.hidden], projected)),
     ]);
     let encoded = encoder.run(&inputs, &mut none, None).unwrap();
     let mut read = cross.run(&encoded, &mut none, None).unwrap();
     read.insert("source_lengths".into(), lengths);
     let start = facts.decoder_start_id.unwrap() as i32;
-    let generated = [vec![start], ints(&golden, "generated")].concat();
+    let generated = [vec![start], fixture.golden_ints("generated")].concat();
     let mut caches = Caches::new(decoder.network(), 1, generated.len());
     for (past, pair) in generated.windows(2).enumerate() {
         let own = [
@@ -75,7 +64,7 @@ fn all_networks_agree_with_transformers() {
         let outputs = decoder.run(&inputs, &mut caches, None).unwrap();
         let logits = outputs["logits"].floats().unwrap();
         if past == 0 {
-            let error = worst(logits, &floats(&golden, "logits"));
+            let error = worst(logits, &fixture.golden("logits"));
             assert!(error < 1e-4, "{error}");
         }
         let best = (0..facts.vocab).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
@@ -94,7 +83,7 @@ fn config(changes: Value) -> Value {
 
 #[test]
 fn one_layer_as_text() {
-    let networks = open("blip2-t5").model.networks(DType::Float16, Logits::Last).unwrap();
+    let networks = open("blip2-t5", &[]).model.networks(DType::Float16, Logits::Last).unwrap();
     insta::assert_snapshot!("encoder_block", lines(&networks[1], " language_model.encoder.block.1."));
     insta::assert_snapshot!("cross_block", lines(&networks[2], " language_model.decoder.block.1."));
     insta::assert_snapshot!("decoder_block", lines(&networks[3], " language_model.decoder.block.1."));

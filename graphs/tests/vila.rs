@@ -1,9 +1,9 @@
 //! VILA against goldens that transformers' LLaMA, SigLIP and CLIP made: name coverage, parity, the text of layers.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
-mod parts;
+mod common;
+use common::*;
 use graphs::interpret::{Array, Caches, Interpreter, Values};
 use graphs::{Axis, DType, Graph, Logits, Model, Type, Weight};
-use parts::*;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
