@@ -34,6 +34,14 @@ fn patch(path: &Path, large: bool, change: impl FnOnce(&mut Vec<u8>)) {
     fs::write(path, bytes).unwrap();
 }
 
+/// The good file with other bytes so far before its end.
+fn patch_end(path: &Path, large: bool, before: usize, value: &[u8]) {
+    patch(path, large, |bytes| {
+        let at = bytes.len() - before;
+        put(bytes, at, value)
+    });
+}
+
 /// The good file with another pickle.
 fn pickle(path: &Path, pickle: Vec<u8>) {
     write_zip(path, &records(pickle, &storages()), false);
@@ -105,72 +113,33 @@ pub(crate) const CASES: &[Case] = &[
     ),
     (
         "64-bit end record moved",
-        |p| {
-            patch(p, true, |bytes| {
-                let at = bytes.len() - 34;
-                put(bytes, at, &77u64.to_le_bytes())
-            })
-        },
+        |p| patch_end(p, true, 34, &77u64.to_le_bytes()),
         "the zip's 64-bit end record is not where it must be",
     ),
-    (
-        "split zip",
-        |p| {
-            patch(p, false, |bytes| {
-                let at = bytes.len() - 18;
-                put(bytes, at, &[1])
-            })
-        },
-        "the zip is split over several files",
-    ),
+    ("split zip", |p| patch_end(p, false, 18, &[1]), "the zip is split over several files"),
     (
         "2^60 records",
-        |p| {
-            patch(p, true, |bytes| {
-                let at = bytes.len() - 98 + 24;
-                put(bytes, at, &[1u64 << 60, 1 << 60].map(u64::to_le_bytes).concat())
-            })
-        },
+        |p| patch_end(p, true, 74, &[1u64 << 60, 1 << 60].map(u64::to_le_bytes).concat()),
         "the zip claims 1152921504606846976 records, the limit is 200064",
     ),
     (
         "directory of 2^60 bytes",
-        |p| {
-            patch(p, true, |bytes| {
-                let at = bytes.len() - 98 + 40;
-                put(bytes, at, &(1u64 << 60).to_le_bytes())
-            })
-        },
+        |p| patch_end(p, true, 58, &(1u64 << 60).to_le_bytes()),
         "the zip directory claims 1152921504606846976 bytes for 5 records",
     ),
     (
         "directory elsewhere",
-        |p| {
-            patch(p, false, |bytes| {
-                let at = bytes.len() - 6;
-                put(bytes, at, &[0, 0])
-            })
-        },
+        |p| patch_end(p, false, 6, &[0, 0]),
         "the zip directory claims bytes 0 and 276 more, wanted them to end at 1062",
     ),
     (
         "a record more than there is",
-        |p| {
-            patch(p, false, |bytes| {
-                let at = bytes.len() - 14;
-                put(bytes, at, &[6, 0, 6, 0])
-            })
-        },
+        |p| patch_end(p, false, 14, &[6, 0, 6, 0]),
         "the zip directory ends inside an entry",
     ),
     (
         "a record less than there is",
-        |p| {
-            patch(p, false, |bytes| {
-                let at = bytes.len() - 14;
-                put(bytes, at, &[4, 0, 4, 0])
-            })
-        },
+        |p| patch_end(p, false, 14, &[4, 0, 4, 0]),
         "the zip directory has 55 bytes that belong to no entry",
     ),
     (
