@@ -99,6 +99,11 @@ def small_checks(work):
         mark = ("--mark", "**.fc2", "**.dense") if quant == "none" else ()
         checks[f"blip2-opt {dtype} {quant}, vision too"] = lambda directory=directory, flags=flags, mark=mark, dtype=dtype: compared(
             BLIP2, directory, *flags, *mark, all_equal=dtype == "float32", verify_flags=("--layers",) if mark else ())
+    # SigLIP, a padded grid, a rope with other sizes.
+    for dtype in ("float32", "float16"):
+        directory = work / f"vila-{dtype}"
+        checks[f"vila-v15-siglip {dtype}"] = lambda directory=directory, dtype=dtype: compared(
+            ROOT / "fixtures/vila-v15-siglip", directory, "--dtype", dtype, *batch, *quick, all_equal=dtype == "float32")
     if smol:
         sizes = ("--max-input-len", "64", "--max-output-len", "40")
         for dtype, quant in (("float32", "none"), ("float16", "none"), ("bfloat16", "none"), ("float16", "int8"),
