@@ -5,8 +5,9 @@ use serde_json::Value;
 use super::{ChatTemplate, ImageProcessor, ProcessorError, TextProcessor};
 
 /// Every file of a checkpoint that the processor folder takes over, where the checkpoint has it.
-pub const FILES: [&str; 8] = [
+pub const FILES: [&str; 9] = [
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",

@@ -10,6 +10,7 @@ mod image;
 mod picture;
 mod prompt;
 mod resize;
+mod sentencepiece;
 mod stream;
 mod text;
 

@@ -1,12 +1,13 @@
 //! Text to ids and back.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::error::ProcessorError;
 use super::folder::{find, read_json};
+use super::sentencepiece;
 use super::stream::TextStream;
 
 /// The tokenizer of a checkpoint and the ids that end its answers.
@@ -17,7 +18,7 @@ pub struct TextProcessor {
 }
 
 impl TextProcessor {
-    /// Reads tokenizer.json, with tokenizer_config.json and generation_config.json where they are there.
+    /// Reads tokenizer.json, or where there is none tokenizer.model, with tokenizer_config.json and generation_config.json where they are there.
     ///
     /// Special tokens around a text (BOS) are what tokenizer.json's post-processor adds; the old `add_bos_token` of
     /// tokenizer_config.json is not looked at.
@@ -33,14 +34,13 @@ impl TextProcessor {
     /// # Errors
     /// As [`TextProcessor::open`].
     pub fn open_parts(folders: &[&Path]) -> Result<Self, ProcessorError> {
-        let path = find(folders, "tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(|source| ProcessorError::Read { path: path.clone(), source })?;
+        let config = read_json(folders, "tokenizer_config.json")?;
+        let (path, bytes) = definition(folders, config.as_ref())?;
         let mut tokenizer = Tokenizer::from_bytes(bytes)
             .map_err(|error| ProcessorError::Parse { path: path.clone(), reason: error.to_string() })?;
         // Kept from training; HF resets both with each call.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|error| ProcessorError::Parse { path, reason: error.to_string() })?;
-        let config = read_json(folders, "tokenizer_config.json")?;
         if let Some(config) = &config {
             add_tokens(&mut tokenizer, config)?;
         }
@@ -94,6 +94,21 @@ impl TextProcessor {
     /// The exact text of a token.
     pub fn token(&self, id: u32) -> Option<String> {
         self.tokenizer.id_to_token(id)
+    }
+}
+
+/// The tokenizer's JSON and the file that it comes from.
+fn definition(folders: &[&Path], config: Option<&Value>) -> Result<(PathBuf, Vec<u8>), ProcessorError> {
+    let (path, pieces) = (find(folders, "tokenizer.json"), find(folders, "tokenizer.model"));
+    let read =
+        |path: &Path| std::fs::read(path).map_err(|source| ProcessorError::Read { path: path.to_path_buf(), source });
+    if path.exists() || !pieces.exists() {
+        let bytes = read(&path)?;
+        return Ok((path, bytes));
+    }
+    match sentencepiece::tokenizer(&read(&pieces)?, config) {
+        Ok(json) => Ok((pieces, json.to_string().into_bytes())),
+        Err(reason) => Err(ProcessorError::Parse { path: pieces, reason }),
     }
 }
 
