@@ -1,11 +1,11 @@
 //! CLIP's vision transformer (Radford et al. 2021, arXiv 2103.00020).
 //! Names and semantics of `transformers/models/clip/modeling_clip.py`; `pre_layrnorm` is spelled so there.
-use super::vit::Vit;
+use super::vit::{Defaults, Vit};
 use crate::config::Keys;
 use crate::{GraphError, Scope, Tensor};
 
 pub(crate) fn from_config(keys: &Keys) -> Result<Vit, GraphError> {
-    Vit::from_config(keys, 32, "quick_gelu", 1e-5)
+    Vit::from_config(keys, &Defaults::base(32, "quick_gelu", 1e-5))
 }
 
 /// Hidden states `[batch, 1 + patches, hidden]`, the class token first: entry 0 is the input of the first block, entry n

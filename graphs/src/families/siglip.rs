@@ -1,11 +1,11 @@
 //! SigLIP's vision transformer (Zhai et al. 2023, arXiv 2303.15343): no class token, no norm before the blocks.
 //! Names and semantics of `transformers/models/siglip/modeling_siglip.py`. Its pooling head is never run here.
-use super::vit::Vit;
+use super::vit::{Defaults, Vit};
 use crate::config::Keys;
 use crate::{GraphError, Scope, Tensor};
 
 pub(crate) fn from_config(keys: &Keys) -> Result<Vit, GraphError> {
-    Vit::from_config(keys, 16, "gelu_pytorch_tanh", 1e-6)
+    Vit::from_config(keys, &Defaults::base(16, "gelu_pytorch_tanh", 1e-6))
 }
 
 /// Hidden states `[batch, patches, hidden]`: entry 0 is the input of the first block, entry n the output of block n.

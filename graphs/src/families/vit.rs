@@ -1,4 +1,4 @@
-//! The vision transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) as CLIP and SigLIP both have it: patches, and
+//! The vision transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) as CLIP, SigLIP and EVA have it: patches, and
 //! blocks with the norm before each half. What comes between is the family's.
 use crate::config::Keys;
 use crate::{ActivationKind, GraphError, Heads, Scope, Tensor};
@@ -17,24 +17,37 @@ pub struct Vit {
     pub epsilon: f32,
 }
 
+/// What a config that lacks a key means; the families differ in it.
+pub(super) struct Defaults {
+    pub(super) hidden: usize,
+    pub(super) ffn: usize,
+    pub(super) layers: usize,
+    pub(super) heads: usize,
+    pub(super) patch: usize,
+    /// Its name in a config.
+    pub(super) activation: &'static str,
+    pub(super) epsilon: f32,
+}
+
+impl Defaults {
+    /// CLIP's and SigLIP's base size.
+    pub(super) fn base(patch: usize, activation: &'static str, epsilon: f32) -> Defaults {
+        Defaults { hidden: 768, ffn: 3072, layers: 12, heads: 12, patch, activation, epsilon }
+    }
+}
+
 impl Vit {
-    /// Patch size, activation (its name in a config) and epsilon of norms are what the families' defaults differ in.
-    pub(super) fn from_config(
-        keys: &Keys,
-        patch: usize,
-        activation: &'static str,
-        epsilon: f32,
-    ) -> Result<Vit, GraphError> {
+    pub(super) fn from_config(keys: &Keys, defaults: &Defaults) -> Result<Vit, GraphError> {
         let vit = Vit {
-            hidden: keys.size("hidden_size", 768)?,
-            ffn: keys.size("intermediate_size", 3072)?,
-            layers: keys.size("num_hidden_layers", 12)?,
-            heads: keys.size("num_attention_heads", 12)?,
+            hidden: keys.size("hidden_size", defaults.hidden)?,
+            ffn: keys.size("intermediate_size", defaults.ffn)?,
+            layers: keys.size("num_hidden_layers", defaults.layers)?,
+            heads: keys.size("num_attention_heads", defaults.heads)?,
             image_size: keys.size("image_size", 224)?,
-            patch: keys.size("patch_size", patch)?,
+            patch: keys.size("patch_size", defaults.patch)?,
             channels: keys.size("num_channels", 3)?,
-            activation: keys.activation("hidden_act", activation)?,
-            epsilon: keys.positive("layer_norm_eps", epsilon)?,
+            activation: keys.activation("hidden_act", defaults.activation)?,
+            epsilon: keys.positive("layer_norm_eps", defaults.epsilon)?,
         };
         if !vit.hidden.is_multiple_of(vit.heads) {
             let reason = format!("hidden_size {} does not divide by {} heads", vit.hidden, vit.heads);
@@ -75,13 +88,24 @@ impl Vit {
     }
 
     fn block<'g>(&self, s: &Scope<'g>, x: Tensor<'g>) -> Tensor<'g> {
+        self.block_with(s, x, |attn, heads, normed| {
+            let [q, k, v] =
+                ["q_proj", "k_proj", "v_proj"].map(|name| attn.linear(name, self.hidden).bias().column().of(normed));
+            attn.linear("out_proj", self.hidden).bias().row().of(attn.attention(heads).of(q, k, v))
+        })
+    }
+
+    /// A block whose attention, from the normed input to what is added to the input, is the family's own.
+    pub(super) fn block_with<'g>(
+        &self,
+        s: &Scope<'g>,
+        x: Tensor<'g>,
+        attend: impl FnOnce(&Scope<'g>, Heads, Tensor<'g>) -> Tensor<'g>,
+    ) -> Tensor<'g> {
         let (attn, mlp) = (s.sub("self_attn"), s.sub("mlp"));
         let heads = Heads { query: self.heads, key_value: self.heads, dim: self.hidden / self.heads };
         let normed = s.layer_norm("layer_norm1", self.epsilon).of(x);
-        let [q, k, v] =
-            ["q_proj", "k_proj", "v_proj"].map(|name| attn.linear(name, self.hidden).bias().column().of(normed));
-        let mixed = attn.attention(heads).of(q, k, v);
-        let x = x + attn.linear("out_proj", self.hidden).bias().row().of(mixed);
+        let x = x + attend(&attn, heads, normed);
         let normed = s.layer_norm("layer_norm2", self.epsilon).of(x);
         let wide = mlp.linear("fc1", self.ffn).bias().column().of(normed).activation(self.activation);
         x + mlp.linear("fc2", self.hidden).bias().row().of(wide)

@@ -82,8 +82,9 @@ impl Blip2 {
         let (vision, qformer_keys) =
             (Eva::from_config(&keys.object("vision_config")?)?, keys.object("qformer_config")?);
         let qformer = Qformer::from_config(&qformer_keys)?;
-        if qformer.picture != vision.hidden {
-            let reason = format!("{} differs from the vision network's hidden_size {}", qformer.picture, vision.hidden);
+        if qformer.picture != vision.vit.hidden {
+            let reason =
+                format!("{} differs from the vision network's hidden_size {}", qformer.picture, vision.vit.hidden);
             return Err(qformer_keys.fault("encoder_hidden_size", reason));
         }
         let language = Blip2Language::from_config(&text_keys)?;
@@ -126,8 +127,9 @@ impl Blip2 {
     fn vision(&self, dtype: DType) -> Result<Network, GraphError> {
         let graph = Graph::new("vision", dtype);
         let root = graph.scope("");
-        let size = self.vision.image_size.into();
-        let pixels = graph.input("input", Type::new(dtype, [Axis::Batch.into(), Eva::CHANNELS.into(), size, size]));
+        let size = self.vision.vit.image_size.into();
+        let pixels =
+            graph.input("input", Type::new(dtype, [Axis::Batch.into(), self.vision.vit.channels.into(), size, size]));
         let picture = self.vision.write(&root.sub("vision_model"), pixels);
         let queries = root.broadcast("query_tokens", &[1, self.queries, self.qformer.hidden], picture);
         let queries = queries.reshape([Axis::Batch.into(), self.queries.into(), self.qformer.hidden.into()]);
@@ -143,7 +145,7 @@ impl Blip2 {
     }
 
     pub(super) fn picture_facts(&self) -> PictureFacts {
-        let size = self.vision.image_size;
+        let size = self.vision.vit.image_size;
         PictureFacts {
             token_id: self.image_token_id,
             features: self.queries,
