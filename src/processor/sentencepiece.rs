@@ -34,6 +34,10 @@ struct Model {
     algorithm: u64,
     adds_blank: bool,
     removes_blanks: bool,
+    /// Blanks become [`BLANK`].
+    marks_blanks: bool,
+    /// Blanks belong to the word before them.
+    blanks_last: bool,
     normalizes: bool,
 }
 
@@ -47,8 +51,8 @@ pub(super) fn tokenizer(bytes: &[u8], config: Option<&Value>) -> Result<Value, S
     if model.algorithm != 2 {
         return Err(format!("found a SentencePiece model of type `{}`, {wanted}; {HINT}", model.algorithm));
     }
-    if model.normalizes || model.removes_blanks {
-        return Err(format!("found a SentencePiece model that changes its text, {wanted}; {HINT}"));
+    if model.normalizes || model.removes_blanks || !model.marks_blanks || model.blanks_last {
+        return Err(format!("found a SentencePiece model that treats its text otherwise, {wanted}; {HINT}"));
     }
     let vocab: HashMap<&str, usize> = model.pieces.iter().enumerate().map(|(id, p)| (p.text.as_str(), id)).collect();
     if vocab.len() != model.pieces.len() {
@@ -65,19 +69,24 @@ pub(super) fn tokenizer(bytes: &[u8], config: Option<&Value>) -> Result<Value, S
     let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
     // `legacy` sets a blank before the text after each special token too, not only before the whole.
     let legacy = flag(config, "legacy", true);
-    let scheme = if model.adds_blank { "first" } else { "never" };
-    let metaspace = json!({"type": "Metaspace", "replacement": BLANK, "prepend_scheme": scheme, "split": false});
-    let mut normalizers = vec![replace(" ", BLANK)];
+    let (normalizer, splitter) = if legacy {
+        let prepend = model.adds_blank.then(|| json!({"type": "Prepend", "prepend": BLANK}));
+        let steps: Vec<Value> = prepend.into_iter().chain([replace(" ", BLANK)]).collect();
+        (json!({"type": "Sequence", "normalizers": steps}), Value::Null)
+    } else {
+        let scheme = if model.adds_blank { "first" } else { "never" };
+        let splitter = json!({"type": "Metaspace", "replacement": BLANK, "prepend_scheme": scheme, "split": false});
+        (Value::Null, splitter)
+    };
     let mut decoders = vec![replace(BLANK, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
     if model.adds_blank {
-        normalizers.insert(0, json!({"type": "Prepend", "prepend": BLANK}));
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
     Ok(json!({
         "version": "1.0",
         "added_tokens": added.collect::<Vec<_>>(),
-        "normalizer": legacy.then(|| json!({"type": "Sequence", "normalizers": normalizers})),
-        "pre_tokenizer": (!legacy).then_some(metaspace),
+        "normalizer": normalizer,
+        "pre_tokenizer": splitter,
         "post_processor": around(&vocab, config)?,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
@@ -90,9 +99,9 @@ pub(super) fn tokenizer(bytes: &[u8], config: Option<&Value>) -> Result<Value, S
 
 /// Pairs of pieces in the order in which they are to be merged.
 fn merges(pieces: &[Piece]) -> Vec<(&str, &str)> {
-    let normal = |(id, piece): (usize, &Piece)| (piece.kind == Kind::Normal).then_some((id, piece.score));
+    let normal = pieces.iter().enumerate().filter(|(_, piece)| piece.kind == Kind::Normal);
     let known: HashMap<&str, (usize, f32)> =
-        pieces.iter().enumerate().filter_map(|(id, piece)| Some((piece.text.as_str(), normal((id, piece))?))).collect();
+        normal.map(|(id, piece)| (piece.text.as_str(), (id, piece.score))).collect();
     let mut ranked = Vec::new();
     for (whole, &(id, score)) in &known {
         for (at, _) in whole.char_indices().skip(1) {
@@ -138,8 +147,15 @@ fn flag(config: Option<&Value>, name: &str, default: bool) -> bool {
 
 impl Model {
     fn parse(bytes: &[u8]) -> Result<Model, String> {
-        let mut model =
-            Model { pieces: Vec::new(), algorithm: 1, adds_blank: true, removes_blanks: true, normalizes: false };
+        let mut model = Model {
+            pieces: Vec::new(),
+            algorithm: 1,
+            adds_blank: true,
+            removes_blanks: true,
+            marks_blanks: true,
+            blanks_last: false,
+            normalizes: false,
+        };
         let mut fields = Fields(bytes);
         while let Some(field) = fields.next()? {
             match field {
@@ -147,8 +163,10 @@ impl Model {
                 (2, Wire::Bytes(trainer)) => {
                     let mut fields = Fields(trainer);
                     while let Some(field) = fields.next()? {
-                        if let (3, Wire::Number(algorithm)) = field {
-                            model.algorithm = algorithm;
+                        match field {
+                            (3, Wire::Number(algorithm)) => model.algorithm = algorithm,
+                            (24, Wire::Number(flag)) => model.blanks_last = flag != 0,
+                            _ => {}
                         }
                     }
                 }
@@ -159,6 +177,7 @@ impl Model {
                             (2, Wire::Bytes(map)) => model.normalizes = !map.is_empty(),
                             (3, Wire::Number(flag)) => model.adds_blank = flag != 0,
                             (4, Wire::Number(flag)) => model.removes_blanks = flag != 0,
+                            (5, Wire::Number(flag)) => model.marks_blanks = flag != 0,
                             _ => {}
                         }
                     }
