@@ -16,6 +16,7 @@ pub mod lower;
 pub mod passes;
 pub mod plugins;
 pub mod processor;
+mod random;
 pub mod report;
 pub mod runtime;
 pub mod source;

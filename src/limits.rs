@@ -41,8 +41,13 @@ pub fn median<E: From<DeviceError>>(device: &Device, mut work: impl FnMut() -> R
             times.push(milliseconds / 1e3);
         }
     }
-    times.sort_by(f64::total_cmp);
-    Ok(times.get(times.len() / 2).copied().unwrap_or(f64::NAN))
+    Ok(middle(times))
+}
+
+/// The median, NaN of nothing.
+pub fn middle(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn product(device: &Device) -> Result<Option<f64>, DeviceError> {

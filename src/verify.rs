@@ -1,6 +1,7 @@
 //! An engine against the reference: the same random input through both, results compared one by one.
 use crate::engine_dir::EngineConfig;
 use crate::passes::MARK;
+use crate::random::{STEP, mix};
 use crate::runtime::{Executor, Output, RuntimeError};
 use graphs::DType;
 use serde::Serialize;
@@ -165,15 +166,13 @@ impl Error {
     }
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014).
+/// One number after the other.
 struct Numbers(u64);
 
 impl Numbers {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
+        self.0 = self.0.wrapping_add(STEP);
+        mix(self.0)
     }
 
     fn below(&mut self, limit: usize) -> usize {

@@ -3,7 +3,7 @@ use crate::cli::{BenchArgs, Target};
 use crate::cost::{Call, Cost, cost};
 use crate::engine_dir::EngineDirectory;
 use crate::failure::{Exit, Failure};
-use crate::limits::{Limits, limits, median};
+use crate::limits::{Limits, limits, median, middle};
 use crate::report::{Printer, table};
 use crate::runtime::{Executor, NETWORK, RuntimeError, Tensorrt, Work};
 use graphs::Network;
@@ -132,8 +132,7 @@ fn text(
         let device = engine.device().clone();
         times.push(device.time(|| engine.decode_steps(1))? / 1e3);
     }
-    times.sort_by(f64::total_cmp);
-    let seconds = times[times.len() / 2];
+    let seconds = middle(times);
     let past = length + steps / 2;
     let decode = row("decode", batch, past, seconds, batch, cost(network, Call { batch, tokens: 1, past }), limits);
     Ok([prefill, decode])

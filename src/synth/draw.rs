@@ -1,5 +1,6 @@
 //! Random values by position: a value depends on the seed, the tensor's name and its place in the tensor alone, so that
 //! any thread may draw any part.
+use crate::random::{STEP, mix};
 use graphs::{Node, Op, Weight};
 
 /// Normal, nearly.
@@ -38,8 +39,6 @@ pub(super) struct Generator {
     distribution: Distribution,
 }
 
-/// Odd and without pattern, as splitmix64 (Steele et al. 2014) wants its step.
-const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
 /// The sum of four uniform numbers below 65536: its middle, and its standard deviation sqrt(4 (65536^2 - 1) / 12).
 const MIDDLE: f32 = 131_070.0;
 const DEVIATION: f32 = 37_837.227;
@@ -63,12 +62,6 @@ impl Generator {
             *value = mean + (sum as i32 as f32 - MIDDLE) * scale;
         }
     }
-}
-
-fn mix(state: u64) -> u64 {
-    let state = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let state = (state ^ (state >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    state ^ (state >> 31)
 }
 
 #[cfg(test)]
