@@ -11,16 +11,28 @@ pub(super) struct Capabilities {
     /// vision tower of fixtures/llava-hf in float32 came out as if the biases of its q, k, v, out, linear_1 and linear_2
     /// were zero, to seven digits, and right where they were not; INT4 weights keep theirs.
     pub(super) int8_keeps_bias: bool,
+    /// The most outputs of a float32 product over rows of any number. For more TensorRT 10.6 finds no kernel ("Failed to
+    /// find fallback kernel" on an H100, at 576 inputs: 16384 outputs build, 32768 do not; in pieces, transposed or
+    /// swapped neither); the same as a convolution builds.
+    pub(super) float32_outputs: usize,
 }
 
 impl Capabilities {
     pub(super) fn of(family: Family) -> Capabilities {
         match family {
-            Family::Rtx => Capabilities { native_attention: true, blocks_of_any_rank: true, int8_keeps_bias: true },
+            Family::Rtx => Capabilities {
+                native_attention: true,
+                blocks_of_any_rank: true,
+                int8_keeps_bias: true,
+                float32_outputs: usize::MAX,
+            },
             // 11 has such layers too, but trtvlm has never run them.
-            Family::Ten | Family::Eleven => {
-                Capabilities { native_attention: false, blocks_of_any_rank: false, int8_keeps_bias: false }
-            }
+            Family::Ten | Family::Eleven => Capabilities {
+                native_attention: false,
+                blocks_of_any_rank: false,
+                int8_keeps_bias: false,
+                float32_outputs: 16384,
+            },
         }
     }
 }

@@ -1,13 +1,18 @@
 //! Matrix products, plain and quantized: the one place where a weight format meets TensorRT.
 use super::layers::padded;
 use super::{LowerError, Lowering, data_type};
-use graphs::{Format, Node, Op, Weight};
+use graphs::{DType, Format, Node, Op, Weight};
 use tensorrt_sys as trt;
 use trt::MatrixOperation;
 
 impl<'n> Lowering<'_, 'n, '_> {
     pub(super) fn linear(&self, node: &Node, weight: &Weight) -> Result<trt::Tensor<'n>, LowerError> {
         let (x, rank) = (self.value(node.inputs[0]), self.rank(node));
+        let outputs = weight.shape().first().copied().unwrap_or(0);
+        let wide = outputs > self.capabilities.float32_outputs;
+        if wide && rank == 2 && weight.format().is_none() && self.network.dtype == DType::Float32 {
+            return self.as_convolution(node, weight);
+        }
         let (matrix, operation) = match weight.format() {
             // As in the checkpoint, [out, in].
             None => (self.weight(weight, rank)?, MatrixOperation::Transpose),
@@ -21,6 +26,20 @@ impl<'n> Lowering<'_, 'n, '_> {
         self.target
             .matrix_multiply(&node.path, (x, MatrixOperation::None), (matrix, operation))
             .map_err(Self::refused(node))
+    }
+
+    /// A product `[rows, in]` by `[out, in]` as a convolution of pictures of one pixel.
+    fn as_convolution(&self, node: &Node, weight: &Weight) -> Result<trt::Tensor<'n>, LowerError> {
+        let (refused, name) = (|| Self::refused(node), |part: &str| format!("{}/{part}", node.path));
+        let constant = self.constants.get(&weight.key())?;
+        let &[outputs, inputs] = &padded(constant.shape, 2)[..] else {
+            return Err(LowerError::Unsupported { path: node.path.clone(), reason: "the weight is no matrix".into() });
+        };
+        let (x, dtype) = (self.value(node.inputs[0]), data_type(constant.dtype));
+        let pixels = self.target.reshape(&name("pixels"), x, &[0, inputs, 1, 1]).map_err(refused())?;
+        let kernel = [outputs, inputs, 1, 1];
+        let product = self.target.convolution(&name("convolution"), pixels, dtype, kernel, constant.bytes, 1);
+        self.target.reshape(&node.path, product.map_err(refused())?, &[0, outputs]).map_err(refused())
     }
 
     fn has_bias(&self, node: &Node) -> bool {
