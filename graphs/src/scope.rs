@@ -108,6 +108,11 @@ impl State {
 }
 
 impl<'g> Scope<'g> {
+    /// The type that the network is computed in.
+    pub fn dtype(&self) -> DType {
+        self.graph.dtype
+    }
+
     pub fn sub(&self, name: &str) -> Scope<'g> {
         Scope { graph: self.graph, path: self.name(name) }
     }

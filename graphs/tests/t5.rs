@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 mod common;
 use common::*;
-use graphs::interpret::{Array, Caches};
-use graphs::{DType, Logits, Model, cover};
+use graphs::interpret::{Array, Caches, Interpreter, Values};
+use graphs::{DType, Logits, Model, Node, Weight, cover};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -98,6 +98,45 @@ fn heads_are_scaled_as_the_config_says() {
     assert!(scaled(json!({})));
     assert!(!scaled(json!({ "tie_word_embeddings": false })));
     assert!(!scaled(json!({ "scale_decoder_outputs": false })));
+}
+
+/// Weights of no meaning; those of `wo` so large that what they give leaves float16's range.
+struct Large;
+
+impl Values for Large {
+    fn values(&self, weight: &Weight) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> {
+        let scale = if weight.key().ends_with("wo.weight") { 3e4 } else { 1.0 };
+        Ok((0..weight.count()).map(|i| scale * ((i * 37 % 101) as f32 / 50.0 - 1.0)).collect())
+    }
+}
+
+/// In float16 no result of that type leaves its range, the residual stream does, and all is as in float32.
+#[test]
+fn large_activations_fit_float16() {
+    const LARGEST: f32 = 65504.0;
+    for projection in ["relu", "gated-gelu"] {
+        let model = Model::from_config(&config(json!({ "feed_forward_proj": projection }))).unwrap();
+        let encode = |dtype: DType| {
+            let encoder = model.networks(dtype, Logits::Last).unwrap().remove(0);
+            let encoder = Interpreter::new(encoder, &Large).unwrap();
+            let inputs = BTreeMap::from([
+                ("input_ids", Array::int([1, 3], vec![5, 9, 2])),
+                ("source_lengths", Array::int([1], vec![3])),
+            ]);
+            let mut largest = BTreeMap::new();
+            let mut tap = |node: &Node, value: &Array| {
+                let most =
+                    value.floats().map_or(0.0, |values| values.iter().fold(0.0, |most: f32, x| most.max(x.abs())));
+                let entry = largest.entry(node.ty.dtype.name()).or_insert(0.0);
+                *entry = most.max(*entry);
+            };
+            let outputs = encoder.run(&inputs, &mut Caches::new(encoder.network(), 1, 0), Some(&mut tap)).unwrap();
+            (outputs["encoder_output"].floats().unwrap().to_vec(), largest)
+        };
+        let ((narrow, largest), (wide, _)) = (encode(DType::Float16), encode(DType::Float32));
+        assert!(worst(&narrow, &wide) < 1e-5, "{projection}");
+        assert!(largest["float16"] < LARGEST && largest["float32"] > LARGEST, "{projection}: {largest:?}");
+    }
 }
 
 #[test]

@@ -142,9 +142,6 @@ pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<C
     for note in source.checkpoints().flat_map(Checkpoint::notes) {
         printer.note(&note);
     }
-    if compiled.dtype == graphs::DType::Float16 && source.model.leaves_float16() {
-        printer.warning("T5's activations can exceed float16's range; --dtype bfloat16 or float32 is safe");
-    }
     for choice in compiled.networks.iter().flat_map(|passed| &passed.assignments) {
         if let Some(note) = &choice.note {
             printer.note(&format!("`{}`: {note}", choice.path));

@@ -51,12 +51,11 @@ impl<'n, 'w> Lowering<'_, 'n, 'w> {
         epsilon: f32,
     ) -> Value<'n> {
         let (x, rank, path) = (self.value(node.inputs[0]), self.rank(node), node.path.as_str());
-        let scale = self.weight(weight, rank)?;
         let last = rank - 1;
         let refused = || Self::refused(node);
         match (kind, bias) {
             (NormKind::Layer, Some(bias)) => {
-                let bias = self.weight(bias, rank)?;
+                let (scale, bias) = (self.weight(weight, rank)?, self.weight(bias, rank)?);
                 self.target.normalization(path, x, scale, bias, &[last], epsilon).map_err(refused())
             }
             (NormKind::Layer, None) => {
@@ -80,8 +79,13 @@ impl<'n, 'w> Lowering<'_, 'n, 'w> {
                 let root = self.target.unary(&name("root"), sum, UnaryOperation::Sqrt).map_err(refused())?;
                 let inverse = self.target.unary(&name("inverse"), root, UnaryOperation::Recip).map_err(refused())?;
                 let normed = product("normed", wide, inverse)?;
-                let dtype = data_type(self.network.dtype);
+                // Of a stream that is wider than the network (T5) the weight is not.
+                let dtype = data_type(node.ty.dtype);
                 let narrow = self.target.cast(&name("narrow"), normed, dtype).map_err(refused())?;
+                let mut scale = self.weight(weight, rank)?;
+                if node.ty.dtype != self.network.dtype {
+                    scale = self.target.cast(&name("weight"), scale, dtype).map_err(refused())?;
+                }
                 self.target.elementwise(path, narrow, scale, ElementWiseOperation::Prod).map_err(refused())
             }
         }

@@ -10,6 +10,10 @@ use crate::{
 /// Distances have no end of their own; this bounds what is asked for.
 const POSITIONS: usize = 4096;
 
+/// Trained models leave float16's range in what `wo` gives and in the residual stream (Hugging Face keeps `wo`, and with it
+/// the stream, in float32). A float16 network computes `wo` at this fraction, a power of two, and adds up in float32.
+const FRACTION: f32 = 1.0 / 32.0;
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct T5 {
     pub vocab: usize,
@@ -126,6 +130,7 @@ impl T5 {
             let table = Type::new(dtype, [Axis::Features.into(), self.hidden.into()]);
             x = x.splice(ids, graph.input("prompt_embedding_table", table), self.vocab);
         }
+        let mut x = residual(x);
         let stack = root.sub("encoder");
         let bias = self.relative_bias(&stack, true);
         for layer in 0..self.encoder_layers {
@@ -133,10 +138,10 @@ impl T5 {
             let (attn, normed) = self.enter(&block.layer("layer", 0), "SelfAttention", x);
             let [q, k, v] = ["q", "k", "v"].map(|name| self.project(&attn, name, normed));
             let mixed = attn.attention(self.heads).scale(1.0).relative_bias(bias.clone()).key_lengths(lengths);
-            x = x + attn.linear("o", self.hidden).row().of(mixed.of(q, k, v));
-            x = self.feed_forward(&block.layer("layer", 1), x);
+            x = x + residual(attn.linear("o", self.hidden).row().of(mixed.of(q, k, v)));
+            x = x + self.feed_forward(&block.layer("layer", 1), x);
         }
-        graph.output("encoder_output", stack.rms_norm("final_layer_norm", self.epsilon).of(x));
+        graph.output("encoder_output", stack.rms_norm("final_layer_norm", self.epsilon).of(x).cast(dtype));
         graph.finish()
     }
 
@@ -166,7 +171,7 @@ impl T5 {
         let cache =
             CacheInputs { past_lengths: lengths("past_lengths"), sequence_lengths: lengths("sequence_lengths") };
         let source_lengths = lengths("source_lengths");
-        let mut x = root.embed("shared", self.vocab, self.hidden, ids);
+        let mut x = residual(root.embed("shared", self.vocab, self.hidden, ids));
         let stack = root.sub("decoder");
         let bias = self.relative_bias(&stack, false);
         for layer in 0..self.layers {
@@ -174,20 +179,20 @@ impl T5 {
             let (attn, normed) = self.enter(&block.layer("layer", 0), "SelfAttention", x);
             let [q, k, v] = ["q", "k", "v"].map(|name| self.project(&attn, name, normed));
             let own = attn.attention(self.heads).causal().scale(1.0).relative_bias(bias.clone()).cached(layer, cache);
-            x = x + attn.linear("o", self.hidden).row().of(own.of(q, k, v));
+            x = x + residual(attn.linear("o", self.hidden).row().of(own.of(q, k, v)));
             let (attn, normed) = self.enter(&block.layer("layer", 1), "EncDecAttention", x);
             let shape = [Axis::Batch.into(), Axis::Source.into(), (self.heads.query * self.heads.dim).into()];
             let [key, value] =
                 ["key", "value"].map(|kind| graph.input(&format!("cross_{kind}_{layer}"), Type::new(dtype, shape)));
             let cross = attn.attention(self.heads).scale(1.0).key_lengths(source_lengths);
             let mixed = cross.of(self.project(&attn, "q", normed), key, value);
-            x = x + attn.linear("o", self.hidden).row().of(mixed);
-            x = self.feed_forward(&block.layer("layer", 2), x);
+            x = x + residual(attn.linear("o", self.hidden).row().of(mixed));
+            x = x + self.feed_forward(&block.layer("layer", 2), x);
         }
         if logits == Logits::Last {
             x = x.last_token(lengths("last_token_ids"));
         }
-        let mut x = stack.rms_norm("final_layer_norm", self.epsilon).of(x);
+        let mut x = stack.rms_norm("final_layer_norm", self.epsilon).of(x).cast(dtype);
         if self.scaled_head {
             x = x.scaled((self.hidden as f32).powf(-0.5));
         }
@@ -207,9 +212,9 @@ impl T5 {
         }
     }
 
-    /// A sub-layer's scope and its normed input.
+    /// A sub-layer's scope and its normed input, in the network's type again.
     fn enter<'g>(&self, layer: &Scope<'g>, name: &str, x: Tensor<'g>) -> (Scope<'g>, Tensor<'g>) {
-        (layer.sub(name), layer.rms_norm("layer_norm", self.epsilon).of(x))
+        (layer.sub(name), layer.rms_norm("layer_norm", self.epsilon).of(x).cast(layer.dtype()))
     }
 
     fn project<'g>(&self, attn: &Scope<'g>, name: &str, x: Tensor<'g>) -> Tensor<'g> {
@@ -218,12 +223,20 @@ impl T5 {
 
     fn feed_forward<'g>(&self, layer: &Scope<'g>, x: Tensor<'g>) -> Tensor<'g> {
         let (dense, normed) = self.enter(layer, "DenseReluDense", x);
+        let narrow = layer.dtype() == DType::Float16;
+        let reduced = |x: Tensor<'g>| if narrow { x.scaled(FRACTION) } else { x };
         let wide = |name| dense.linear(name, self.ffn).column().of(normed);
         let inner = if self.gated {
-            wide("wi_0").activation(self.activation) * wide("wi_1")
+            wide("wi_0").activation(self.activation) * reduced(wide("wi_1"))
         } else {
-            wide("wi").activation(self.activation)
+            reduced(wide("wi").activation(self.activation))
         };
-        x + dense.linear("wo", self.hidden).row().of(inner)
+        let outer = residual(dense.linear("wo", self.hidden).row().of(inner));
+        if narrow { outer.scaled(FRACTION.recip()) } else { outer }
     }
+}
+
+/// In the type of the residual stream: float32 in place of float16.
+fn residual(x: Tensor<'_>) -> Tensor<'_> {
+    if x.ty().dtype == DType::Float16 { x.cast(DType::Float32) } else { x }
 }

@@ -209,15 +209,6 @@ impl Model {
         }
     }
 
-    /// Whether activations of trained models are known to leave float16's range: those before T5's `wo`.
-    pub fn leaves_float16(&self) -> bool {
-        match self {
-            Model::T5(_) => true,
-            Model::Blip2(blip2) => matches!(blip2.language, Blip2Language::T5(_)),
-            _ => false,
-        }
-    }
-
     /// Other spellings of the canonical names (those of the hub's files).
     pub fn aliases(&self) -> &'static [Alias] {
         match self {
