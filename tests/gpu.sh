@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs the checks that need a CUDA GPU with TensorRT 10 and writes their results to tests/gpu-results.md (or $RESULTS).
 #
-# usage: TRTVLM_TENSORRT=DIR tests/gpu.sh [small] [sanitize] [real]        without arguments all three
+# usage: TRTVLM_TENSORRT=DIR tests/gpu.sh [small] [sanitize] [real] [shapes]        without arguments all four
 #   small     engines of tiny and small models against the reference; refusals; a killed build
 #   sanitize  compute-sanitizer's memcheck and racecheck over every kernel, on engines that `small` left
 #   real      LLaVA-1.5-7B's shape with random weights (64 GB of disk): build, speed, Hugging Face transformers beside it
+#   shapes    the other families' real shapes: build, speed
 # TRTVLM          the program; built with cargo where it is not given
 # TRTVLM_SMOLLM2  SmolLM2-135M as a Hugging Face checkpoint (`make eval-text` makes one); left out with a word if missing
 # TRTVLM_TRAINED_LLAVA, TRTVLM_PICTURE  a LLaVA that reads pictures, and one; likewise
@@ -27,11 +28,9 @@ for optional in TRTVLM_SMOLLM2 TRTVLM_TRAINED_LLAVA; do
   [ -n "${!optional:-}" ] || echo "gpu: $optional is not set, so its checks are NOT run"
 done
 status=0
-for phase in "${@:-small}"; do
+[ $# -gt 0 ] || set -- small sanitize real shapes
+for phase in "$@"; do
   python3 tests/gpu/checks.py "$phase" "$WORK" || status=1
 done
-if [ $# -eq 0 ]; then
-  for phase in sanitize real; do python3 tests/gpu/checks.py "$phase" "$WORK" || status=1; done
-fi
 python3 tests/gpu/report.py "$WORK" > "${RESULTS:-tests/gpu-results.md}"
 exit $status

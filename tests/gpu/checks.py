@@ -1,9 +1,9 @@
 """What tests/gpu.sh runs on a machine with a GPU: builds, verifies, refuses, times; writes one JSON record per check.
 
-usage: checks.py PHASE WORK    PHASE: small | real | sanitize;  needs TRTVLM (the program) and TRTVLM_TENSORRT
+usage: checks.py PHASE WORK    PHASE: small | sanitize | real | shapes;  needs TRTVLM (the program) and TRTVLM_TENSORRT
 Nothing here decides what is right: `trtvlm verify` does, against the reference that the CPU tests hold to the goldens.
 """
-import concurrent.futures, json, os, pathlib, re, shutil, signal, subprocess, sys, time
+import concurrent.futures, json, os, pathlib, re, shutil, signal, struct, subprocess, sys, time, zlib
 
 PROGRAM = os.environ["TRTVLM"]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -29,8 +29,8 @@ def need(condition, message):
         raise Failed(message)
 
 
-def build(model, directory, *flags, target="tensorrt,reference"):
-    done = run("build", model, "-o", directory, "--target", target, "--json", *flags)
+def build(model, directory, *flags, target="tensorrt,reference", timeout=400):
+    done = run("build", model, "-o", directory, "--target", target, "--json", *flags, timeout=timeout)
     need(done.returncode == 0, f"build: exit {done.returncode}\n{last_lines(done.stderr, 12)}")
     return json.loads(done.stdout)
 
@@ -266,10 +266,51 @@ def real_checks(work):
     return checks
 
 
+def shape_checks(work):
+    """The other families' real shapes: built beside each other, then timed one by one."""
+    # Tokens that the engine takes, and those that are timed.
+    shapes = {"blip2-opt-2.7b": (96, 96), "blip2-flan-t5-xl": (96, 96), "vila1.5-3b": (512, 260)}
+
+    def builds(name, longest):
+        checkpoint, directory = work / "synth" / name, work / f"engines-{name}"
+        done = run("synth", name, "-o", checkpoint)
+        need(done.returncode == 0, last_lines(done.stderr))
+        start = time.monotonic()
+        built = build(checkpoint, directory, "--dtype", "float16", "--max-input-len", str(longest), "--max-output-len", "128",
+                      target="tensorrt", timeout=560)
+        # The disk does not hold all of them twice.
+        shutil.rmtree(checkpoint)
+        return {"engines": built["engines"], "wall": time.monotonic() - start}
+
+    def times(name, length):
+        directory = work / f"engines-{name}"
+        done = run("bench", directory, "--input-len", str(length), "--json")
+        need(done.returncode == 0, last_lines(done.stderr))
+        said = run("run", directory, "--target", "tensorrt", "--image", picture(work / "picture.png"), "--prompt", "What is it?",
+                   "--max-new-tokens", "8", "--json")
+        need(said.returncode == 0 and len(json.loads(said.stdout)["outputs"][0]["token_ids"]) > 0, last_lines(said.stderr))
+        return json.loads(done.stdout)
+
+    return [({f"{name} shape: build float16, beside the others": lambda name=name, longest=longest: builds(name, longest)
+              for name, (longest, _) in shapes.items()}, len(shapes)),
+            ({f"{name} shape: bench": lambda name=name, timed=timed: times(name, timed) for name, (_, timed) in shapes.items()}, 1)]
+
+
+def picture(path, width=200, height=120):
+    """A PNG of a slope of grey; its rows carry no filter."""
+    rows = b"".join(b"\0" + bytes((x + y) % 256 for x in range(width)) for y in range(height))
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return path
+
+
 def main():
     phase, work = sys.argv[1], pathlib.Path(sys.argv[2])
     work.mkdir(parents=True, exist_ok=True)
-    checks = {"small": small_checks, "real": real_checks, "sanitize": sanitize_checks}[phase](work)
+    # Correctness does not mind company; times do.
+    steps = {"small": lambda: [(small_checks(work), 8)], "sanitize": lambda: [(sanitize_checks(work), 8)],
+             "real": lambda: [(real_checks(work), 1)], "shapes": lambda: shape_checks(work)}[phase]()
     only = os.environ.get("TRTVLM_ONLY")
     results, failures = work / f"{phase}.jsonl", 0
 
@@ -281,16 +322,17 @@ def main():
             record = {"passed": False, "found": f"{type(error).__name__}: {error}"}
         return {"check": name, **record, "commit": os.environ.get("TRTVLM_COMMIT", "unknown"), "seconds": round(time.monotonic() - start, 1)}
 
-    wanted = {name: check for name, check in checks.items() if not only or re.search(only, name)}
-    # Correctness does not mind company; times do.
-    with results.open("a") as out, concurrent.futures.ThreadPoolExecutor(1 if phase == "real" else 8) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(attempt, *item) for item in wanted.items()]):
-            record = done.result()
-            failures += not record["passed"]
-            out.write(json.dumps(record) + "\n")
-            out.flush()
-            mark = "ok    " if record["passed"] else "FAILED"
-            print(f"{mark} {record['seconds']:6.1f} s  {record['check']}: {json.dumps(record['found'])[:1500]}", flush=True)
+    with results.open("a") as out:
+        for checks, workers in steps:
+            wanted = {name: check for name, check in checks.items() if not only or re.search(only, name)}
+            with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+                for done in concurrent.futures.as_completed([pool.submit(attempt, *item) for item in wanted.items()]):
+                    record = done.result()
+                    failures += not record["passed"]
+                    out.write(json.dumps(record) + "\n")
+                    out.flush()
+                    mark = "ok    " if record["passed"] else "FAILED"
+                    print(f"{mark} {record['seconds']:6.1f} s  {record['check']}: {json.dumps(record['found'])[:1500]}", flush=True)
     sys.exit(1 if failures else 0)
 
 

@@ -17,8 +17,9 @@ def table(head, rows):
 def main():
     work = pathlib.Path(sys.argv[1])
     shell = lambda *command: subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    small, real, sanitize = (read(work, phase) for phase in ("small", "real", "sanitize"))
-    everything = small + real + sanitize
+    small, sanitize, real = (read(work, phase) for phase in ("small", "sanitize", "real"))
+    real += read(work, "shapes")
+    everything = small + sanitize + real
     card = shell("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     commits = sorted({record["commit"] for record in everything})
     print(f"""# GPU checks
