@@ -54,7 +54,21 @@ pub enum Weight {
     /// A checkpoint tensor by its canonical name (Hugging Face's), with the shape that the network needs.
     Tensor { name: String, shape: Vec<usize> },
     /// A quantized matrix, quantized as a whole before any slicing above it.
-    Packed { format: Format, of: Box<Weight> },
+    Packed {
+        format: Format,
+        /// Scales of shape [`Format::scale_shape`] in place of those that the largest magnitudes give.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        scales: Option<Box<Weight>>,
+        of: Box<Weight>,
+    },
+    /// Multiplied along one axis by a vector, or divided by it: what smoothing moves between a layer and the one before.
+    Scaled {
+        axis: usize,
+        by: Box<Weight>,
+        #[serde(default)]
+        divide: bool,
+        of: Box<Weight>,
+    },
     /// `start..end` of one axis of the logical shape.
     Slice { axis: usize, start: usize, end: usize, of: Box<Weight> },
     /// Several weights one after the other along one axis.
@@ -70,7 +84,7 @@ impl Weight {
     pub fn shape(&self) -> Vec<usize> {
         match self {
             Weight::Tensor { shape, .. } => shape.clone(),
-            Weight::Packed { of, .. } => of.shape(),
+            Weight::Packed { of, .. } | Weight::Scaled { of, .. } => of.shape(),
             Weight::Slice { axis, start, end, of } => {
                 let mut shape = of.shape();
                 if let Some(size) = shape.get_mut(*axis) {
@@ -92,12 +106,17 @@ impl Weight {
         self.shape().iter().product()
     }
 
+    /// Quantized with scales of its own.
+    pub fn packed(self, format: Format) -> Weight {
+        Weight::Packed { format, scales: None, of: Box::new(self) }
+    }
+
     /// The format of a quantized weight, found below slices; `None` for a plain one.
     pub fn format(&self) -> Option<Format> {
         match self {
             Weight::Tensor { .. } => None,
             Weight::Packed { format, .. } => Some(*format),
-            Weight::Slice { of, .. } => of.format(),
+            Weight::Slice { of, .. } | Weight::Scaled { of, .. } => of.format(),
             Weight::Concat { parts, .. } => parts.first().and_then(Weight::format),
         }
     }
@@ -106,7 +125,11 @@ impl Weight {
     pub fn tensors(&self) -> Vec<(&str, &[usize])> {
         match self {
             Weight::Tensor { name, shape } => vec![(name, shape)],
-            Weight::Packed { of, .. } | Weight::Slice { of, .. } => of.tensors(),
+            Weight::Slice { of, .. } => of.tensors(),
+            Weight::Packed { of, scales, .. } => {
+                of.tensors().into_iter().chain(scales.iter().flat_map(|scales| scales.tensors())).collect()
+            }
+            Weight::Scaled { of, by, .. } => [of.tensors(), by.tensors()].concat(),
             Weight::Concat { parts, .. } => parts.iter().flat_map(Weight::tensors).collect(),
         }
     }
@@ -116,7 +139,11 @@ impl Weight {
     pub fn key(&self) -> String {
         match self {
             Weight::Tensor { name, .. } => name.clone(),
-            Weight::Packed { format, of } => format!("{}.{format}", of.key()),
+            Weight::Packed { format, scales: None, of } => format!("{}.{format}", of.key()),
+            Weight::Packed { format, scales: Some(scales), of } => format!("{}.{format}({})", of.key(), scales.key()),
+            Weight::Scaled { axis, by, divide, of } => {
+                format!("{}{}{axis}({})", of.key(), if *divide { "/" } else { "*" }, by.key())
+            }
             Weight::Slice { axis, start, end, of } => format!("{}[{axis}:{start}..{end}]", of.key()),
             Weight::Concat { axis, parts } => {
                 format!("concat{axis}({})", parts.iter().map(Weight::key).collect::<Vec<_>>().join(","))

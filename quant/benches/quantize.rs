@@ -75,7 +75,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             for tensor in 0..TENSORS {
                 let weight = Weight::tensor(tensor.to_string(), &[OUT, INPUT]);
                 let weight = match format {
-                    Some(format) => Weight::Packed { format, of: Box::new(weight) },
+                    Some(format) => weight.packed(format),
                     None => weight,
                 };
                 match materialize_with(&weight, &source, DType::Float16, &pool) {

@@ -21,9 +21,16 @@ pub(crate) fn stored_shapes(weight: &Weight, source: &dyn Source, compute: DType
 fn quantized(weight: &Weight, source: &dyn Source, compute: DType) -> Result<Option<(Format, [usize; 2])>, QuantError> {
     match weight {
         Weight::Tensor { .. } => Ok(None),
-        Weight::Packed { format, of } => {
-            let (_, shape) = matrix(weight, *format, of, source, compute)?;
-            Ok(Some((*format, shape)))
+        Weight::Scaled { of, .. } if of.format().is_some() => {
+            refuse(weight, "it is quantized before it is scaled".into())
+        }
+        Weight::Scaled { .. } => Ok(None),
+        Weight::Packed { format, scales, of } => {
+            let (_, [out, input]) = matrix(weight, *format, of, source, compute)?;
+            if let Some(scales) = scales {
+                given(weight, scales, &format.scale_shape(out, input), source)?;
+            }
+            Ok(Some((*format, [out, input])))
         }
         Weight::Slice { axis, start, end, of } => {
             let Some((format, mut shape)) = quantized(of, source, compute)? else { return Ok(None) };
@@ -87,6 +94,20 @@ pub(crate) fn matrix<'a>(
         }
     }
     Ok((plain, [out, input]))
+}
+
+/// Scales that come with a `Packed`, if they fit.
+pub(crate) fn given<'a>(
+    weight: &Weight,
+    scales: &'a Weight,
+    wanted: &[usize],
+    source: &dyn Source,
+) -> Result<Plain<'a>, QuantError> {
+    let plain = Plain::new(scales, source)?;
+    match plain.dtype.is_float() && plain.shape == wanted {
+        true => Ok(plain),
+        false => refuse(weight, format!("its scales are {}{:?}, wanted floats {wanted:?}", plain.dtype, plain.shape)),
+    }
 }
 
 pub(crate) fn refuse<T>(weight: &Weight, reason: String) -> Result<T, QuantError> {

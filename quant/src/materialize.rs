@@ -48,7 +48,7 @@ pub fn materialize_with(
 /// [`materialize_with`] for a checked weight.
 fn make(weight: &Weight, source: &dyn Source, compute: DType, pool: &Pool) -> Result<Stored, QuantError> {
     match weight {
-        Weight::Packed { format, of } => quantize(weight, *format, of, source, compute, pool),
+        Weight::Packed { .. } => quantize(weight, source, compute, pool),
         Weight::Slice { axis, start, end, of } if of.format().is_some() => match narrowed(*axis, *start, *end, of) {
             Some(inner) => make(&inner, source, compute, pool),
             None => pack::slice(weight, &make(of, source, compute, pool)?, *axis, *start, *end),
@@ -68,25 +68,33 @@ pub fn materialize_f32(weight: &Weight, source: &dyn Source, compute: DType) -> 
 
 /// A slice of a quantized matrix as the quantized matrix of a slice, where both are the same: where no scale is cut.
 fn narrowed(axis: usize, start: usize, end: usize, of: &Weight) -> Option<Weight> {
-    let Weight::Packed { format, of } = of else { return None };
+    let Weight::Packed { format, scales, of } = of else { return None };
+    let cut = |axis, start, end, of: &Weight| Box::new(Weight::Slice { axis, start, end, of: Box::new(of.clone()) });
+    let scales = scales.as_deref().map(|scales| match (axis, *format) {
+        (0, Format::Int8) => cut(0, start, end, scales),
+        (0, Format::Int4 { .. }) => cut(1, start, end, scales),
+        (_, Format::Int8) => Box::new(scales.clone()),
+        (_, Format::Int4 { group }) => cut(0, start / group, end / group, scales),
+    });
     if axis == 1 && *format == Format::Int8 {
         return None;
     }
-    let of = Box::new(Weight::Slice { axis, start, end, of: of.clone() });
-    Some(Weight::Packed { format: *format, of })
+    Some(Weight::Packed { format: *format, scales, of: cut(axis, start, end, of) })
 }
 
-fn quantize(
-    weight: &Weight,
-    format: Format,
-    of: &Weight,
-    source: &dyn Source,
-    compute: DType,
-    pool: &Pool,
-) -> Result<Stored, QuantError> {
+fn quantize(weight: &Weight, source: &dyn Source, compute: DType, pool: &Pool) -> Result<Stored, QuantError> {
+    let Weight::Packed { format, scales, of } = weight else {
+        return check::refuse(weight, "it is not quantized".into());
+    };
+    let format = *format;
     let (plain, [out, input]) = check::matrix(weight, format, of, source, compute)?;
-    let (bytes, scales) = matrix::quantize(&plain, source, format, compute, pool)?;
-    let scale = Stored { dtype: compute, shape: format.scale_shape(out, input), bytes: scales, scale: None };
+    let shape = format.scale_shape(out, input);
+    let given = match scales {
+        Some(scales) => Some(check::given(weight, scales, &shape, source)?.values(source)?),
+        None => None,
+    };
+    let (bytes, scales) = matrix::quantize(&plain, source, format, compute, given.as_deref(), pool)?;
+    let scale = Stored { dtype: compute, shape, bytes: scales, scale: None };
     Ok(Stored { dtype: format.dtype(), shape: vec![input, out], bytes, scale: Some(Box::new(scale)) })
 }
 

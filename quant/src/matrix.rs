@@ -1,6 +1,6 @@
 //! Quantizes a whole matrix, `[out, in]` in the source to `[in, out]` stored, block by block on all threads.
 use crate::plain::Plain;
-use crate::strip::{Columns, Findings, LINE, Scheme, Scratch};
+use crate::strip::{Columns, Findings, Given, LINE, Scheme, Scratch};
 use crate::{Pool, QuantError, Source};
 use graphs::{DType, Format};
 use half::{bf16, f16};
@@ -14,12 +14,14 @@ thread_local! {
     static SCRATCH: Cell<Scratch> = Cell::default();
 }
 
-/// Payload `[in, out]` and scales of a plain matrix. The caller has checked rank, group and parity.
+/// Payload `[in, out]` and scales of a plain matrix, `given` ones in place of its own. The caller has checked rank, group,
+/// parity and how many scales are given.
 pub(crate) fn quantize(
     plain: &Plain,
     source: &dyn Source,
     format: Format,
     compute: DType,
+    given: Option<&[f32]>,
     pool: &Pool,
 ) -> Result<(Vec<u8>, Vec<u8>), QuantError> {
     let (out, input) = (plain.rows(), plain.shape.iter().skip(1).product());
@@ -27,7 +29,13 @@ pub(crate) fn quantize(
         Format::Int8 => input,
         Format::Int4 { group } => group,
     };
-    let scheme = Scheme { input, group, format, scale: compute };
+    let scheme = Scheme {
+        input,
+        group,
+        format,
+        scale: compute,
+        given: given.map(|scales| Given { scales, outputs: out, first: 0 }),
+    };
     let mut payload = pool.take(format.dtype().bytes(input * out));
     let mut scales = pool.take(compute.bytes(format.scale_shape(out, input).iter().product()));
     if payload.is_empty() {
@@ -63,7 +71,7 @@ fn split(bytes: &mut [u8], row: usize, width: usize, blocks: usize) -> Vec<Vec<&
 fn quantize_block(
     plain: &Plain,
     source: &dyn Source,
-    scheme: Scheme,
+    scheme: Scheme<'_>,
     first: usize,
     mut columns: Columns,
 ) -> Result<Vec<(usize, Findings)>, QuantError> {
@@ -74,6 +82,8 @@ fn quantize_block(
         let count = (LINE * scheme.per_byte()).min(rows - at);
         let bytes = count * plain.row_bytes();
         plain.read(source, first + at, scratch.reserve(bytes))?;
+        let given = scheme.given.map(|given| Given { first: first + at, ..given });
+        let scheme = Scheme { given, ..scheme };
         let found = match plain.dtype {
             DType::Float16 => scratch.quantize::<f16>(bytes, scheme, at, &mut columns),
             DType::Bfloat16 => scratch.quantize::<bf16>(bytes, scheme, at, &mut columns),

@@ -1,8 +1,9 @@
 //! Weight expressions without quantization, read by rows: only the bytes that a block needs leave the source.
 use crate::check::{joining, refuse, size, within};
-use crate::{QuantError, Source};
+use crate::{QuantError, Source, convert};
 use graphs::{DType, Weight};
 use std::ops::Range;
+use std::sync::OnceLock;
 
 /// Runs of at least this many bytes are read each on its own; shorter ones within their whole rows.
 const DIRECT: usize = 4096;
@@ -20,6 +21,7 @@ enum Node<'a> {
     Tensor(&'a str),
     Slice { axis: usize, start: usize, of: Box<Plain<'a>> },
     Concat { axis: usize, parts: Vec<Plain<'a>> },
+    Scaled { axis: usize, by: Box<Plain<'a>>, divide: bool, of: Box<Plain<'a>>, vector: OnceLock<Vec<f32>> },
 }
 
 impl<'a> Plain<'a> {
@@ -53,6 +55,16 @@ impl<'a> Plain<'a> {
                     return refuse(weight, format!("parts are `{dtype}` and `{}`", other.dtype));
                 }
                 Plain { dtype, shape: weight.shape(), node: Node::Concat { axis: *axis, parts } }
+            }
+            Weight::Scaled { axis, by, divide, of } => {
+                let (of, by) = (Plain::new(of, source)?, Plain::new(by, source)?);
+                if !of.dtype.is_float() || !by.dtype.is_float() || of.shape.get(*axis..=*axis) != Some(&by.shape[..]) {
+                    let (found, wanted) = (&by.shape, &of.shape);
+                    return refuse(weight, format!("axis {axis} of {wanted:?} cannot be scaled by {found:?}"));
+                }
+                let (shape, by, of) = (of.shape.clone(), Box::new(by), Box::new(of));
+                let node = Node::Scaled { axis: *axis, by, divide: *divide, of, vector: OnceLock::new() };
+                Plain { dtype: DType::Float32, shape, node }
             }
             Weight::Packed { .. } => {
                 return refuse(weight, "it is quantized twice, or joined with plain weights".into());
@@ -109,6 +121,25 @@ impl<'a> Plain<'a> {
                 }
                 Ok(())
             }
+            Node::Scaled { axis, by, divide, of, vector } => {
+                let vector = match vector.get() {
+                    Some(vector) => vector,
+                    None => {
+                        let found = by.values(source)?;
+                        vector.get_or_init(|| found)
+                    }
+                };
+                let (row, inner) = (self.shape.iter().skip(1).product(), self.shape.iter().skip(axis + 1).product());
+                let (row, inner): (usize, usize) = (row, inner);
+                let mut scratch = vec![0; of.dtype.bytes(buffer.len() / self.dtype.bytes(1))];
+                of.read(source, first, &mut scratch)?;
+                let values = convert::to_f32(of.dtype, &scratch).into_iter().enumerate();
+                for ((at, value), into) in values.zip(buffer.as_chunks_mut::<4>().0) {
+                    let factor = vector[(first * row + at) / inner % vector.len()];
+                    *into = (if *divide { value / factor } else { value * factor }).to_le_bytes();
+                }
+                Ok(())
+            }
             Node::Concat { axis: 0, parts } => {
                 let (mut begin, last) = (0, first + buffer.len() / row_bytes);
                 for part in parts {
@@ -141,6 +172,13 @@ impl<'a> Plain<'a> {
         }
     }
 
+    /// All of it in float32.
+    pub(crate) fn values(&self, source: &dyn Source) -> Result<Vec<f32>, QuantError> {
+        let mut bytes = vec![0; self.dtype.bytes(self.shape.iter().product())];
+        self.read(source, 0, &mut bytes)?;
+        Ok(convert::to_f32(self.dtype, &bytes))
+    }
+
     /// Bytes of one run along `axis`: everything from that axis on.
     fn run_bytes(&self, axis: usize) -> usize {
         self.dtype.bytes(self.shape.iter().skip(axis).product())
@@ -150,6 +188,7 @@ impl<'a> Plain<'a> {
     pub(crate) fn locate(&self, mut index: Vec<usize>) -> (String, Vec<usize>) {
         match &self.node {
             Node::Tensor(name) => (name.to_string(), index),
+            Node::Scaled { of, .. } => of.locate(index),
             Node::Slice { axis, start, of } => {
                 index[*axis] += start;
                 of.locate(index)

@@ -150,6 +150,22 @@ pub(crate) fn scale(absmax: f32, limit: f32, dtype: DType) -> f32 {
     if rounded * (limit + 0.5) < absmax { next } else { rounded }
 }
 
+/// A scale from elsewhere as `dtype` holds it: never 0, not finite if `dtype` cannot hold it.
+#[inline(always)]
+pub(crate) fn given_scale(scale: f32, dtype: DType) -> f32 {
+    let rounded = match dtype {
+        DType::Float16 => f16::from_f32(scale).to_f32(),
+        DType::Bfloat16 => bf16::from_f32(scale).to_f32(),
+        _ => scale,
+    };
+    match rounded {
+        0.0 if dtype == DType::Float16 && scale != 0.0 => f16::from_bits(1).to_f32(),
+        // Of a group that holds nothing.
+        0.0 => 1.0,
+        _ => rounded,
+    }
+}
+
 /// Adding this to a small float leaves its rounded value, half to even, in the low bits.
 const ROUNDER: f32 = 12_582_912.0;
 /// Adding this to a quotient rounds it to a multiple of 2^-13.
@@ -177,6 +193,16 @@ pub(crate) fn quantize<E: Element>(values: &[E], scale: f32, dtype: DType, limit
         for (value, into) in values.iter().zip(into) {
             *into = (clamped(value.widen() / scale, limit) + ROUNDER).to_bits() as u8;
         }
+    }
+}
+
+/// Quantizes a slice under a scale that may clip it at both ends.
+#[inline(always)]
+pub(crate) fn quantize_clipped<E: Element>(values: &[E], scale: f32, limit: f32, into: &mut [u8]) {
+    for (value, into) in values.iter().zip(into) {
+        let quotient = clamped(value.widen() / scale, limit);
+        let quotient = if quotient < -limit - 1.0 { -limit - 1.0 } else { quotient };
+        *into = (quotient + ROUNDER).to_bits() as u8;
     }
 }
 

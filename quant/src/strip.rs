@@ -1,5 +1,5 @@
 //! The hot loop: a strip of rows `[out, in]` is quantized tile by tile and leaves transposed, as columns of `[in, out]`.
-use crate::round::{Element, absmax, quantize, scale};
+use crate::round::{Element, absmax, given_scale, quantize, quantize_clipped, scale};
 use graphs::{DType, Format};
 use half::{bf16, f16};
 use std::ops::Range;
@@ -9,18 +9,28 @@ pub(crate) const LINE: usize = 64;
 /// Inputs that are quantized before they are transposed. Measured: longer runs pay for the tile leaving the first cache.
 const TILE: usize = 512;
 
+/// Scales that are not the weights' own, `[groups, outputs]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Given<'g> {
+    pub(crate) scales: &'g [f32],
+    pub(crate) outputs: usize,
+    /// The output that a strip's first row is.
+    pub(crate) first: usize,
+}
+
 /// How a matrix is quantized.
 #[derive(Clone, Copy)]
-pub(crate) struct Scheme {
+pub(crate) struct Scheme<'g> {
     pub(crate) input: usize,
     /// Consecutive inputs under one scale; all of them for int8.
     pub(crate) group: usize,
     pub(crate) format: Format,
     /// Type of the stored scales.
     pub(crate) scale: DType,
+    pub(crate) given: Option<Given<'g>>,
 }
 
-impl Scheme {
+impl Scheme<'_> {
     /// Output channels in one stored byte.
     pub(crate) fn per_byte(&self) -> usize {
         8 / self.format.dtype().bits()
@@ -61,7 +71,7 @@ pub(crate) struct Scratch {
 /// One strip's work: the rows in `values`, the first of which is row `at` of `columns`.
 struct Strip<'s, 'o, E> {
     values: &'s [E],
-    scheme: Scheme,
+    scheme: Scheme<'s>,
     at: usize,
     columns: &'s mut Columns<'o>,
     scales: &'s mut Vec<f32>,
@@ -94,10 +104,16 @@ fn quantize_strip<E: Element>(strip: Strip<E>) -> Findings {
                 scales.push(1.0);
                 continue;
             }
-            let most = E::from_magnitude(most);
-            let scale = scale(most, limit, scheme.scale);
-            if scale == f32::INFINITY && findings.overflow.is_none() {
-                findings.overflow = Some((row, index, most / limit));
+            let wanted = match scheme.given {
+                Some(given) => given.scales[index * given.outputs + given.first + row],
+                None => E::from_magnitude(most) / limit,
+            };
+            let scale = match scheme.given {
+                Some(_) => given_scale(wanted, scheme.scale),
+                None => scale(E::from_magnitude(most), limit, scheme.scale),
+            };
+            if !scale.is_finite() && findings.overflow.is_none() {
+                findings.overflow = Some((row, index, wanted));
             }
             scales.push(scale);
         }
@@ -135,7 +151,7 @@ fn quantize_strip<E: Element>(strip: Strip<E>) -> Findings {
 fn quantize_run<E: Element>(
     values: &[E],
     scales: &[f32],
-    scheme: Scheme,
+    scheme: Scheme<'_>,
     row: usize,
     run: Range<usize>,
     into: &mut [u8],
@@ -145,7 +161,11 @@ fn quantize_run<E: Element>(
     let mut start = run.start;
     for (index, scale) in scales.iter().enumerate().skip(run.start / scheme.group) {
         let end = run.end.min((index + 1) * scheme.group);
-        quantize(&values[start..end], *scale, scheme.scale, scheme.format.limit(), &mut into[start - run.start..]);
+        let (values, limit, into) = (&values[start..end], scheme.format.limit(), &mut into[start - run.start..]);
+        match scheme.given {
+            Some(_) => quantize_clipped(values, *scale, limit, into),
+            None => quantize(values, *scale, scheme.scale, limit, into),
+        }
         start = end;
         if start == run.end {
             break;
@@ -234,7 +254,7 @@ impl Scratch {
     pub(crate) fn quantize<E: Element>(
         &mut self,
         bytes: usize,
-        scheme: Scheme,
+        scheme: Scheme<'_>,
         at: usize,
         columns: &mut Columns,
     ) -> Findings {

@@ -15,7 +15,7 @@ fn concat(axis: usize, parts: Vec<Weight>) -> Weight {
 }
 
 fn packed(format: Format, of: Weight) -> Weight {
-    Weight::Packed { format, of: Box::new(of) }
+    of.packed(format)
 }
 
 const INT4: Format = Format::Int4 { group: 4 };
@@ -52,7 +52,7 @@ fn element(weight: &Weight, index: &[usize]) -> i32 {
             });
             element(part.unwrap(), &index)
         }
-        Weight::Packed { .. } => unreachable!(),
+        Weight::Packed { .. } | Weight::Scaled { .. } => unreachable!(),
     }
 }
 

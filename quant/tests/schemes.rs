@@ -106,7 +106,7 @@ impl Case {
 }
 
 fn packed(format: Format, of: Weight) -> Weight {
-    Weight::Packed { format, of: Box::new(of) }
+    of.packed(format)
 }
 
 fn slice(axis: usize, start: usize, end: usize, of: Weight) -> Weight {

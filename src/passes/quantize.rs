@@ -18,7 +18,7 @@ pub(super) fn quantize(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed, Pa
         passed.assignments.iter().filter_map(|choice| Some((choice.path.as_str(), choice.format?))).collect();
     for node in &mut network.nodes {
         if let (Op::Linear { weight, .. }, Some(&format)) = (&mut node.op, formats.get(node.path.as_str())) {
-            *weight = Weight::Packed { format, of: Box::new(weight.clone()) };
+            *weight = weight.clone().packed(format);
         }
     }
     Ok(passed)
