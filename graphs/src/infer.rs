@@ -34,6 +34,17 @@ pub(crate) fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute:
             Ok(inputs[0].clone())
         }
         Op::Activation { .. } | Op::Scale { .. } => first().cloned(),
+        Op::ScaleBy { weight, .. } => {
+            let (x, shape) = (first()?, weight.shape());
+            match shape == [last_fixed(x)?] {
+                true => Ok(x.clone()),
+                false => Err(format!("weight `{}` is {shape:?} but the input is {x}", weight.key())),
+            }
+        }
+        Op::QuantizeInput { scale } => match scale.as_ref().filter(|scale| scale.count() != 1) {
+            None => first().cloned(),
+            Some(scale) => Err(format!("scale `{}` is {:?}, wanted one number", scale.key(), scale.shape())),
+        },
         Op::Binary { .. } => {
             let x = first()?;
             if inputs[1] != x {

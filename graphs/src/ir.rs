@@ -243,6 +243,18 @@ pub enum Op {
     Scale {
         factor: f32,
     },
+    /// Times a weight whose length is x's last size, or divided by it (smoothing).
+    ScaleBy {
+        weight: Weight,
+        #[serde(default, skip_serializing_if = "is_false")]
+        divide: bool,
+    },
+    /// Rounded to INT8 steps, for INT8 arithmetic in the linear layers that read it, and only they: a multiple of the
+    /// scale, from -128 to 127 times it. Without a `scale` (one float) each token has its own, its largest magnitude / 127.
+    QuantizeInput {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        scale: Option<Weight>,
+    },
     /// Of two tensors of one shape.
     Binary {
         kind: BinaryKind,
@@ -303,6 +315,8 @@ impl Op {
             Op::Norm { .. } => "norm",
             Op::Activation { .. } => "activation",
             Op::Scale { .. } => "scale",
+            Op::ScaleBy { .. } => "scale_by",
+            Op::QuantizeInput { .. } => "quantize_input",
             Op::Binary { .. } => "binary",
             Op::Attention(_) => "attention",
             Op::Conv { .. } => "conv",
@@ -325,7 +339,9 @@ impl Op {
             | Op::BiasAdd { weight }
             | Op::Conv { weight, .. }
             | Op::Embed { weight, .. }
+            | Op::ScaleBy { weight, .. }
             | Op::Broadcast { weight } => vec![weight],
+            Op::QuantizeInput { scale } => scale.iter().collect(),
             Op::Norm { weight, bias, .. } => std::iter::once(weight).chain(bias).collect(),
             Op::Attention(attention) => attention.relative_bias.iter().map(|bias| &bias.weight).collect(),
             _ => Vec::new(),

@@ -23,6 +23,10 @@ pub fn verify(network: &Network) -> Result<(), GraphError> {
         if ty != node.ty {
             return Err(fail(format!("has type {}, its inputs give {ty}", node.ty)));
         }
+        let rounded = |input: &&crate::NodeId| matches!(network.nodes[input.0].op, Op::QuantizeInput { .. });
+        if let (Some(input), false) = (node.inputs.iter().find(rounded), matches!(node.op, Op::Linear { .. })) {
+            return Err(fail(format!("reads `{}`, which is for linear layers only", network.nodes[input.0].path)));
+        }
         if let Op::Attention(attention) = &node.op
             && let Some(slot) = attention.cache
             && !slots.insert(slot)

@@ -23,9 +23,11 @@ impl<'n> Lowering<'_, 'n, '_> {
             // Stored [in, out]; the builder fuses the dequantization into the product.
             Some(format) => (self.dequantized(node, weight, format, rank)?, MatrixOperation::None),
         };
-        self.target
+        let product = self
+            .target
             .matrix_multiply(&node.path, (x, MatrixOperation::None), (matrix, operation))
-            .map_err(Self::refused(node))
+            .map_err(Self::refused(node))?;
+        self.of_tokens(node, product)
     }
 
     /// A product `[rows, in]` by `[out, in]` as a convolution of pictures of one pixel.

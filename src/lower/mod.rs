@@ -5,6 +5,7 @@ mod constants;
 mod layers;
 mod linear;
 mod profiles;
+mod quantize_input;
 
 use capabilities::Capabilities;
 pub use constants::{ConstantError, Constants};
@@ -13,6 +14,7 @@ pub use profiles::profiles;
 use crate::engine_dir::Sizes;
 use crate::plugins::{CompileError, Compiler, GreedyPlugin};
 use graphs::{DType, Dim, Network, Node, NodeId, Op, Rope, Type};
+use std::collections::BTreeMap;
 use tensorrt_sys as trt;
 use thiserror::Error;
 
@@ -45,6 +47,8 @@ struct Lowering<'l, 'n, 'w> {
     mask: Option<trt::Tensor<'n>>,
     /// Cosines and sines, the same in every layer.
     rotary: Option<(Rope, trt::Tensor<'n>)>,
+    /// Of tokens that were divided by their scales before they were quantized.
+    token_scales: BTreeMap<NodeId, trt::Tensor<'n>>,
 }
 
 /// Writes all nodes and marks the outputs. `compiler` is for targets that need plugins.
@@ -60,8 +64,18 @@ pub fn lower<'w>(
 ) -> Result<(), LowerError> {
     let values = Vec::with_capacity(network.nodes.len());
     let capabilities = Capabilities::of(target.family());
-    let mut lowering =
-        Lowering { network, target, constants, sizes, capabilities, compiler, values, mask: None, rotary: None };
+    let mut lowering = Lowering {
+        network,
+        target,
+        constants,
+        sizes,
+        capabilities,
+        compiler,
+        values,
+        mask: None,
+        rotary: None,
+        token_scales: BTreeMap::new(),
+    };
     for node in &network.nodes {
         let value = lowering.node(node)?;
         lowering.values.push(value);
@@ -145,6 +159,12 @@ impl<'n> Lowering<'_, 'n, '_> {
                 let factor = self.number(&format!("{path}/factor"), *factor, node.ty.dtype, node.ty.shape.len())?;
                 self.target.elementwise(path, input(0), factor, trt::ElementWiseOperation::Prod).map_err(layer)
             }
+            Op::ScaleBy { weight, divide } => {
+                let by = self.weight(weight, node.ty.shape.len())?;
+                let operation = if *divide { trt::ElementWiseOperation::Div } else { trt::ElementWiseOperation::Prod };
+                self.target.elementwise(path, input(0), by, operation).map_err(layer)
+            }
+            Op::QuantizeInput { scale } => self.quantize_input(node, scale.as_ref()),
             Op::Broadcast { weight } => self.broadcast(node, weight),
             Op::Binary { kind } => {
                 let operation = match kind {

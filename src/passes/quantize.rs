@@ -1,6 +1,6 @@
 //! Weight-only quantization: wraps the weights of the layers that the recipe names; the network's shape is unchanged.
 use super::{PassError, Passed, Plan};
-use graphs::{Op, Weight};
+use graphs::Op;
 use std::collections::HashMap;
 
 pub(super) fn quantize(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed, PassError> {

@@ -314,8 +314,10 @@ impl<'w> Network<'w> {
         let fits = match axis {
             Some(axis) => scale_shape.len() == 1 && shape.get(axis) == scale_shape.first(),
             None => {
-                scale_shape.len() == shape.len()
-                    && std::iter::zip(&shape, &scale_shape).all(|(size, scales)| *scales > 0 && size % scales == 0)
+                // One scale for all, or one for each block.
+                scale_shape.is_empty()
+                    || scale_shape.len() == shape.len()
+                        && std::iter::zip(&shape, &scale_shape).all(|(size, scales)| *scales > 0 && size % scales == 0)
             }
         };
         if !fits {
@@ -328,6 +330,19 @@ impl<'w> Network<'w> {
         if let Some(axis) = axis {
             call!(family, word(object, 2), dequantize_layer::SET_AXIS, (axis as i32 => i32) -> ())?;
         }
+        self.finish(name, object)
+    }
+
+    /// x to INT8 by one scale: `scale` has one element of x's type.
+    pub fn quantize(&self, name: &str, x: Tensor<'_>, scale: Tensor<'_>) -> Result<Tensor<'_>> {
+        let family = self.library().family();
+        let shape = self.shape(scale)?;
+        if shape.iter().any(|&size| size != 1) {
+            return Err(Error::argument(name, format!("the scale is {shape:?}, wanted one number")));
+        }
+        let dtype = self.value(DataType::Int8.value(family), "DataType")?;
+        let object = call!(family, self.this(), network_definition::ADD_QUANTIZE_V2,
+            (x.object => Object, scale.object => Object, dtype => i32) -> Object)?;
         self.finish(name, object)
     }
 

@@ -60,6 +60,27 @@ pub(super) fn scale(x: &Array, factor: f32) -> Result {
     Ok(Array::float(x.shape.clone(), x.floats()?.iter().map(|value| value * factor).collect()))
 }
 
+pub(super) fn scale_by(x: &Array, weight: &[f32], divide: bool) -> Result {
+    let mut data = x.floats()?.to_vec();
+    for row in data.chunks_exact_mut(weight.len()) {
+        for (value, factor) in std::iter::zip(row, weight) {
+            *value = if divide { *value / factor } else { *value * factor };
+        }
+    }
+    Ok(Array::float(x.shape.clone(), data))
+}
+
+/// Each token by `scale`, or by its own.
+pub(super) fn quantize_input(x: &Array, scale: Option<f32>) -> Result {
+    let mut data = x.floats()?.to_vec();
+    data.par_chunks_exact_mut(x.width()).for_each(|token| {
+        let most = token.iter().fold(0.0, |most: f32, value| most.max(value.abs()));
+        let scale = scale.unwrap_or(if most > 0.0 { most / 127.0 } else { 1.0 });
+        token.iter_mut().for_each(|value| *value = (*value / scale).round_ties_even().clamp(-128.0, 127.0) * scale);
+    });
+    Ok(Array::float(x.shape.clone(), data))
+}
+
 pub(super) fn binary(a: &Array, b: &Array, kind: BinaryKind) -> Result {
     let pairs = std::iter::zip(a.floats()?, b.floats()?);
     let data = match kind {

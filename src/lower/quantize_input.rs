@@ -1,0 +1,62 @@
+//! Inputs of INT8 products: quantized and dequantized again, which the builder joins with the product into INT8 arithmetic.
+use super::{LowerError, Lowering, data_type};
+use graphs::{Node, NodeId, Weight};
+use tensorrt_sys as trt;
+use trt::{ElementWiseOperation, ReduceOperation, UnaryOperation};
+
+/// What the largest magnitude of a token counts as at least: the smallest normal float16.
+const LEAST: f32 = 1.0 / 16384.0;
+
+impl<'n> Lowering<'_, 'n, '_> {
+    /// One scale known beforehand, or one for each token. Those cannot be the scales of a quantize layer, which wants
+    /// constants: the tokens are divided by them before, and the products multiplied by them after ([`Self::of_tokens`]).
+    pub(super) fn quantize_input(
+        &mut self,
+        node: &Node,
+        scale: Option<&Weight>,
+    ) -> Result<trt::Tensor<'n>, LowerError> {
+        let refused = || Self::refused(node);
+        let name = |part: &str| format!("{}/{part}", node.path);
+        let (x, rank, dtype) = (self.value(node.inputs[0]), self.rank(node), node.ty.dtype);
+        let (x, scale) = match scale {
+            Some(scale) => {
+                let constant = self.constants.get(&scale.key())?;
+                (x, self.target.constant(&name("scale"), data_type(constant.dtype), &[], constant.bytes)?)
+            }
+            None => {
+                let magnitudes = self.target.unary(&name("magnitudes"), x, UnaryOperation::Abs).map_err(refused())?;
+                let most = self.target.reduce(&name("most"), magnitudes, ReduceOperation::Max, &[rank - 1]);
+                let least = self.number(&name("least"), LEAST, dtype, rank)?;
+                let most = self.target.elementwise(
+                    &name("at_least"),
+                    most.map_err(refused())?,
+                    least,
+                    ElementWiseOperation::Max,
+                );
+                let steps = self.number(&name("steps"), 1.0 / 127.0, dtype, rank)?;
+                let scales = self.target.elementwise(
+                    &name("scales"),
+                    most.map_err(refused())?,
+                    steps,
+                    ElementWiseOperation::Prod,
+                );
+                let scales = scales.map_err(refused())?;
+                self.token_scales.insert(NodeId(self.values.len()), scales);
+                let divided = self.target.elementwise(&name("divided"), x, scales, ElementWiseOperation::Div);
+                let one = self.constants.floats(dtype, &[1.0]);
+                (divided.map_err(refused())?, self.target.constant(&name("one"), data_type(dtype), &[], one)?)
+            }
+        };
+        let quantized = self.target.quantize(&name("quantize"), x, scale).map_err(refused())?;
+        self.target.dequantize(&node.path, quantized, scale, None, data_type(dtype)).map_err(refused())
+    }
+
+    /// Products of tokens that were divided by scales of their own, multiplied by them again.
+    pub(super) fn of_tokens(&self, node: &Node, product: trt::Tensor<'n>) -> Result<trt::Tensor<'n>, LowerError> {
+        let Some(&scales) = node.inputs.first().and_then(|input| self.token_scales.get(input)) else {
+            return Ok(product);
+        };
+        let name = format!("{}/of_tokens", node.path);
+        self.target.elementwise(&name, product, scales, ElementWiseOperation::Prod).map_err(Self::refused(node))
+    }
+}
