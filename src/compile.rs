@@ -101,7 +101,7 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     for network in networks {
         let recipe = if network.name == "vision" { &vision } else { &language };
         quantization.insert(network.name.clone(), recipe.name.clone());
-        let plan = passes::Plan { recipe, dump: request.dump.clone(), marks: &request.marks };
+        let plan = passes::Plan { dump: request.dump.clone(), marks: &request.marks, ..passes::Plan::new(recipe) };
         passed.push(passes::run(network, &plan)?);
     }
     let idle = |pattern: &&String| passed.iter().all(|passed: &Passed| !passed.marked.contains(pattern));

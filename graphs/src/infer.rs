@@ -5,7 +5,7 @@ use crate::{Attention, DType, Dim, Mask, Op, Type, Weight};
 pub(crate) type Misfit = String;
 
 /// The result type of `op`, or what does not fit. `declared` is the node's own type, which only inputs need.
-pub(crate) fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute: DType) -> Result<Type, Misfit> {
+pub fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute: DType) -> Result<Type, String> {
     check_count(op, inputs.len())?;
     let first = || inputs.first().copied().ok_or_else(|| "has no input".to_string());
     match op {
@@ -33,7 +33,7 @@ pub(crate) fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute:
             }
             Ok(inputs[0].clone())
         }
-        Op::Activation { .. } | Op::Scale { .. } => first().cloned(),
+        Op::Activation { .. } | Op::Scale { .. } | Op::AllReduce => first().cloned(),
         Op::ScaleBy { weight, .. } => {
             let (x, shape) = (first()?, weight.shape());
             match shape == [last_fixed(x)?] {
@@ -115,6 +115,12 @@ pub(crate) fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute:
                 [batch, _, hidden] if inputs[1].shape == [batch] => Ok(Type::new(x.dtype, [batch, hidden])),
                 _ => Err(format!("cannot pick rows {} of {x}", inputs[1])),
             }
+        }
+        Op::AllGather { ranks } => {
+            let (mut ty, width) = (first()?.clone(), last_fixed(first()?)?);
+            ty.shape.pop();
+            ty.shape.push(width.checked_mul(*ranks).ok_or("grows too large")?.into());
+            Ok(ty)
         }
         Op::Cast { dtype } => Ok(Type::new(*dtype, first()?.shape.clone())),
     }

@@ -303,6 +303,12 @@ pub enum Op {
     Cast {
         dtype: DType,
     },
+    /// The sum over all ranks, on each of them.
+    AllReduce,
+    /// What all ranks have, one after the other along the last axis.
+    AllGather {
+        ranks: usize,
+    },
 }
 
 impl Op {
@@ -330,6 +336,8 @@ impl Op {
             Op::Transpose { .. } => "transpose",
             Op::LastToken => "last_token",
             Op::Cast { .. } => "cast",
+            Op::AllReduce => "all_reduce",
+            Op::AllGather { .. } => "all_gather",
         }
     }
 

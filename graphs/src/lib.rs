@@ -18,6 +18,7 @@ mod weight;
 
 pub use dtype::DType;
 pub use error::GraphError;
+pub use infer::infer;
 pub use ir::{
     ActivationKind, Attention, Axis, BinaryKind, Cache, Dim, Mask, Network, Node, NodeId, NormKind, Op, Split, Type,
 };

@@ -194,6 +194,10 @@ impl<'n> Lowering<'_, 'n, '_> {
             }
             Op::Transpose { permutation } => self.target.transpose(path, input(0), permutation).map_err(layer),
             Op::LastToken => self.target.gather_batched(path, input(0), input(1), 1, 1).map_err(layer),
+            Op::AllReduce | Op::AllGather { .. } => {
+                let reason = "the ranks of a divided network are not joined on this target yet".into();
+                Err(LowerError::Unsupported { path: path.into(), reason })
+            }
             Op::Cast { dtype } => self.target.cast(path, input(0), data_type(*dtype)).map_err(layer),
         }
     }

@@ -1,6 +1,7 @@
 //! Passes: named functions from a network to a network, in one list, each followed by the verifier.
 mod mark;
 mod quantize;
+mod shard;
 
 pub use mark::MARK;
 
@@ -15,6 +16,8 @@ pub enum PassError {
     Quantize { network: String, source: QuantError },
     #[error("pass `{pass}` broke the network")]
     Broken { pass: &'static str, source: GraphError },
+    #[error("--tp {ranks}: `{path}`: {reason}")]
+    Shard { path: String, ranks: usize, reason: String, possible: Vec<usize> },
     #[error("--mark `{pattern}`: {reason}")]
     Mark { pattern: String, reason: String },
     #[error("cannot write `{path}`")]
@@ -26,6 +29,9 @@ impl PassError {
         match self {
             PassError::Quantize { source, .. } => source.hint(),
             PassError::Mark { .. } => Some("`trtvlm plan MODEL -v` lists the paths of the layers with weights".into()),
+            PassError::Shard { possible, .. } => {
+                Some(format!("--tp may be {}", possible.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")))
+            }
             PassError::Broken { .. } | PassError::Dump { .. } => None,
         }
     }
@@ -38,6 +44,16 @@ pub struct Plan<'p> {
     pub dump: Option<PathBuf>,
     /// Patterns of paths whose results become outputs too.
     pub marks: &'p [String],
+    /// Of tensor parallelism: which part of how many.
+    pub rank: usize,
+    pub ranks: usize,
+}
+
+impl<'p> Plan<'p> {
+    /// The whole network, nothing dumped or marked.
+    pub fn new(recipe: &'p Recipe) -> Plan<'p> {
+        Plan { recipe, dump: None, marks: &[], rank: 0, ranks: 1 }
+    }
 }
 
 /// A network after all passes, with what was decided for each of its layers.
@@ -52,7 +68,7 @@ pub struct Passed {
 type Pass = fn(Passed, &Plan<'_>) -> Result<Passed, PassError>;
 
 /// THE list of passes, in order.
-const PASSES: &[(&str, Pass)] = &[("quantize", quantize::quantize), ("mark", mark::mark)];
+const PASSES: &[(&str, Pass)] = &[("quantize", quantize::quantize), ("shard", shard::shard), ("mark", mark::mark)];
 
 /// Runs every pass in order.
 ///

@@ -55,7 +55,7 @@ mod tests {
     #[test]
     fn before_and_after() {
         let recipe = Recipe::preset("int4").unwrap();
-        let passed = run(network(), &Plan { recipe: &recipe, dump: None, marks: &[] }).unwrap();
+        let passed = run(network(), &Plan::new(&recipe)).unwrap();
         let mlp = |network: &Network| {
             let text = graphs::print(network);
             let lines = text.lines().filter(|line| line.contains(" model.layers.1.mlp.") || line.contains("lm_head ="));
@@ -72,7 +72,7 @@ mod tests {
             let format = if int8 { "format = 'int8'" } else { "format = 'int4'\ngroup = 32" };
             let text = format!("name = 'r'\n[[rule]]\nmatch = '**.{part}'\n{format}");
             let recipe = Recipe::parse(&text, "r.toml").unwrap();
-            let passed = run(network(), &Plan { recipe: &recipe, dump: None, marks: &[] }).unwrap();
+            let passed = run(network(), &Plan::new(&recipe)).unwrap();
             let changed = passed.network.nodes.iter().filter(|node| node.op.weights().iter().any(|w| w.format().is_some()));
             let changed: Vec<&str> = changed.map(|node| node.path.as_str()).collect();
             prop_assert_eq!(changed.len(), 2);

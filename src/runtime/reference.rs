@@ -3,8 +3,9 @@ use super::{Executor, Output, RuntimeError, check_prompts};
 use crate::engine_dir::{EngineConfig, EngineDirectory};
 use crate::lower::LOGITS;
 use graphs::Network;
-use graphs::interpret::{Array, Caches, Interpreter, Values};
+use graphs::interpret::{Array, Caches, Collective, Interpreter, Values};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// File names of the reference target in a sub-network's folder.
 pub const NETWORK: &str = "network.txt";
@@ -115,6 +116,14 @@ impl Reference {
         };
         let (lengths, tokens, outputs) = (Vec::new(), Vec::new(), BTreeMap::new());
         Ok(Reference { vision, source, language, config, table, caches, lengths, tokens, outputs })
+    }
+
+    /// One rank of a divided model; each of the others runs in its thread, with the same prompts.
+    pub fn with_collective(self, collective: &Arc<dyn Collective>) -> Reference {
+        let with = |interpreter: Interpreter| interpreter.with_collective(collective.clone());
+        let source =
+            self.source.map(|source| Source { encoder: with(source.encoder), cross: with(source.cross), ..source });
+        Reference { language: with(self.language), source, ..self }
     }
 
     /// For steps of words, which ask for no row of the table.

@@ -60,6 +60,20 @@ pub(super) fn scale(x: &Array, factor: f32) -> Result {
     Ok(Array::float(x.shape.clone(), x.floats()?.iter().map(|value| value * factor).collect()))
 }
 
+/// Arrays of x's shape joined along its last axis.
+pub(super) fn beside(x: &Array, parts: &[Vec<f32>]) -> Result {
+    let (width, mut shape) = (x.width(), x.shape.clone());
+    if let Some(last) = shape.last_mut() {
+        *last *= parts.len();
+    }
+    if parts.iter().any(|part| part.len() != x.len()) {
+        return Err("the ranks have parts of different sizes".into());
+    }
+    let rows = 0..x.len() / width.max(1);
+    let row = |row: usize| parts.iter().flat_map(move |part| &part[row * width..(row + 1) * width]);
+    Ok(Array::float(shape, rows.flat_map(row).copied().collect()))
+}
+
 pub(super) fn scale_by(x: &Array, weight: &[f32], divide: bool) -> Result {
     let mut data = x.floats()?.to_vec();
     for row in data.chunks_exact_mut(weight.len()) {

@@ -4,11 +4,13 @@
 //! dequantized, then multiplied.
 mod array;
 mod attention;
+mod collective;
 mod kernels;
 mod matmul;
 
 use crate::{Axis, Cache, DType, Dim, Network, Node, NodeId, Op, Weight};
 pub use array::{Array, Data};
+pub use collective::{Collective, Group, Member};
 use rayon::prelude::*;
 use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap};
@@ -67,6 +69,8 @@ pub struct Interpreter {
     weights: HashMap<String, Arc<[f32]>>,
     /// For each node the position of its last reader, after which its value is dropped.
     last_use: Vec<usize>,
+    /// The ranks that a divided network works with.
+    collective: Option<Arc<dyn Collective>>,
 }
 
 impl Interpreter {
@@ -100,7 +104,13 @@ impl Interpreter {
         for (_, id) in &network.outputs {
             last_use[id.0] = usize::MAX;
         }
-        Ok(Interpreter { network, weights, last_use })
+        Ok(Interpreter { network, weights, last_use, collective: None })
+    }
+
+    /// For one rank of a divided network: the others run at the same time, each in its thread.
+    pub fn with_collective(mut self, collective: Arc<dyn Collective>) -> Interpreter {
+        self.collective = Some(collective);
+        self
     }
 
     pub fn network(&self) -> &Network {
@@ -168,6 +178,10 @@ impl Interpreter {
         self.weights.get(&weight.key()).map(|values| &values[..]).ok_or_else(|| "its weight is not loaded".into())
     }
 
+    fn collective(&self) -> Result<&dyn Collective, String> {
+        self.collective.as_deref().ok_or_else(|| "it is one rank of several, the others do not run".into())
+    }
+
     fn node(
         &self,
         node: &Node,
@@ -225,6 +239,15 @@ impl Interpreter {
             Op::Transpose { permutation } => kernels::transpose(x, permutation),
             Op::LastToken => kernels::last_token(x, inputs[1]),
             Op::Cast { .. } => Ok(x.clone()),
+            Op::AllReduce => {
+                let mut data = x.floats()?.to_vec();
+                self.collective()?.all_reduce(&mut data)?;
+                Ok(Array::float(x.shape.clone(), data))
+            }
+            Op::AllGather { .. } => {
+                let parts = self.collective()?.all_gather(x.floats()?)?;
+                kernels::beside(x, &parts)
+            }
         }
     }
 }
