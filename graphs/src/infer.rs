@@ -33,7 +33,7 @@ pub fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute: DType)
             }
             Ok(inputs[0].clone())
         }
-        Op::Activation { .. } | Op::Scale { .. } | Op::AllReduce => first().cloned(),
+        Op::Activation { .. } | Op::Scale { .. } | Op::AllReduce { .. } => first().cloned(),
         Op::ScaleBy { weight, .. } => {
             let (x, shape) = (first()?, weight.shape());
             match shape == [last_fixed(x)?] {

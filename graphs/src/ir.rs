@@ -304,7 +304,9 @@ pub enum Op {
         dtype: DType,
     },
     /// The sum over all ranks, on each of them.
-    AllReduce,
+    AllReduce {
+        ranks: usize,
+    },
     /// What all ranks have, one after the other along the last axis.
     AllGather {
         ranks: usize,
@@ -336,7 +338,7 @@ impl Op {
             Op::Transpose { .. } => "transpose",
             Op::LastToken => "last_token",
             Op::Cast { .. } => "cast",
-            Op::AllReduce => "all_reduce",
+            Op::AllReduce { .. } => "all_reduce",
             Op::AllGather { .. } => "all_gather",
         }
     }

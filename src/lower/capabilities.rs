@@ -5,6 +5,8 @@ use tensorrt_sys::Family;
 pub(super) struct Capabilities {
     /// Attention, cache update and rotary positions are layers.
     pub(super) native_attention: bool,
+    /// All-reduce and all-gather are layers.
+    pub(super) native_collectives: bool,
     /// Dequantization in blocks takes tensors of any rank, not matrices only.
     pub(super) blocks_of_any_rank: bool,
     /// A bias added to a product with dequantized INT8 weights arrives. TensorRT 10.6 drops it in places: on an H100 the
@@ -22,6 +24,7 @@ impl Capabilities {
         match family {
             Family::Rtx => Capabilities {
                 native_attention: true,
+                native_collectives: true,
                 blocks_of_any_rank: true,
                 int8_keeps_bias: true,
                 float32_outputs: usize::MAX,
@@ -29,6 +32,7 @@ impl Capabilities {
             // 11 has such layers too, but trtvlm has never run them.
             Family::Ten | Family::Eleven => Capabilities {
                 native_attention: false,
+                native_collectives: false,
                 blocks_of_any_rank: false,
                 int8_keeps_bias: false,
                 float32_outputs: 16384,

@@ -1,6 +1,7 @@
 //! From a network to TensorRT's: one function per op group, named after the node it comes from.
 mod attention;
 mod capabilities;
+mod collectives;
 mod constants;
 mod layers;
 mod linear;
@@ -194,10 +195,8 @@ impl<'n> Lowering<'_, 'n, '_> {
             }
             Op::Transpose { permutation } => self.target.transpose(path, input(0), permutation).map_err(layer),
             Op::LastToken => self.target.gather_batched(path, input(0), input(1), 1, 1).map_err(layer),
-            Op::AllReduce | Op::AllGather { .. } => {
-                let reason = "the ranks of a divided network are not joined on this target yet".into();
-                Err(LowerError::Unsupported { path: path.into(), reason })
-            }
+            Op::AllReduce { ranks } => self.all_reduce(node, *ranks),
+            Op::AllGather { ranks } => self.all_gather(node, *ranks),
             Op::Cast { dtype } => self.target.cast(path, input(0), data_type(*dtype)).map_err(layer),
         }
     }

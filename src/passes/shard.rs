@@ -111,7 +111,7 @@ impl Shard<'_> {
                 let op = Op::Linear { weight: slice(1, &range, weight), split: Split::Row };
                 let part = self.push(node, op, inputs)?;
                 let path = format!("{}/all_reduce", node.path);
-                let sum = self.push_as(path, Op::AllReduce, vec![part])?;
+                let sum = self.push_as(path, Op::AllReduce { ranks: self.ranks }, vec![part])?;
                 return Ok((sum, State::Whole));
             }
             Op::Linear { weight, split: Split::Vocab } => {

@@ -34,6 +34,7 @@
 #![expect(unsafe_code, reason = "C++ objects are called through raw tables; each block says why it holds")]
 mod abi;
 mod builder;
+mod collectives;
 mod enums;
 mod error;
 mod layers;

@@ -239,7 +239,7 @@ impl Interpreter {
             Op::Transpose { permutation } => kernels::transpose(x, permutation),
             Op::LastToken => kernels::last_token(x, inputs[1]),
             Op::Cast { .. } => Ok(x.clone()),
-            Op::AllReduce => {
+            Op::AllReduce { .. } => {
                 let mut data = x.floats()?.to_vec();
                 self.collective()?.all_reduce(&mut data)?;
                 Ok(Array::float(x.shape.clone(), data))
