@@ -45,6 +45,10 @@ struct Lowering<'l, 'n, 'w> {
     mask: Option<trt::Tensor<'n>>,
     /// Cosines and sines, the same in every layer.
     rotary: Option<(Rope, trt::Tensor<'n>)>,
+    /// The plugin's bias by distance, by its weight.
+    bias: Option<(String, trt::Tensor<'n>)>,
+    /// What hides keys beyond the lengths of a node, with a relative bias or without, the same in every layer.
+    length_mask: Option<(NodeId, bool, trt::Tensor<'n>)>,
 }
 
 /// Writes all nodes and marks the outputs. `compiler` is for targets that need plugins.
@@ -60,8 +64,9 @@ pub fn lower<'w>(
 ) -> Result<(), LowerError> {
     let values = Vec::with_capacity(network.nodes.len());
     let capabilities = Capabilities::of(target.family());
+    let (mask, rotary, bias, length_mask) = (None, None, None, None);
     let mut lowering =
-        Lowering { network, target, constants, sizes, capabilities, compiler, values, mask: None, rotary: None };
+        Lowering { network, target, constants, sizes, capabilities, compiler, values, mask, rotary, bias, length_mask };
     for node in &network.nodes {
         let value = lowering.node(node)?;
         lowering.values.push(value);
