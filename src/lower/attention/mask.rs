@@ -156,3 +156,26 @@ impl<'n> Lowering<'_, 'n, '_> {
         self.target.elementwise(name, a, b, operation).map_err(Self::refused(node))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use graphs::Weight;
+
+    /// What the plugin reads for a key `away` rows before the query's own, against T5's rule written down anew.
+    #[test]
+    fn the_plugin_finds_a_bias_by_head_and_rows_between() {
+        let (heads, rows) = (3, 300);
+        let weight = Weight::tensor("bias".to_owned(), &[32, heads]);
+        let bias = RelativeBias { weight, buckets: 32, max_distance: 128, bidirectional: false };
+        let values: Vec<f32> = (0..32 * heads).map(|place| place as f32).collect();
+        let table = by_distance(&bias, &values, heads, (0..rows as i64).map(|away| -away)).unwrap();
+        assert_eq!(table.len(), heads * rows);
+        for (head, away) in (0..heads).flat_map(|head| (0..rows).map(move |away| (head, away))) {
+            let steps = (away.max(1) as f64 / 16.0).ln() / 8f64.ln() * 16.0 + 1e-6;
+            let bucket = if away < 16 { away } else { (16 + steps as usize).min(31) };
+            assert_eq!(table[head * rows + away], values[bucket * heads + head], "head {head}, {away} rows");
+        }
+        assert_eq!(by_distance(&bias, &values[1..], heads, (0..rows as i64).map(|away| -away)), None);
+    }
+}
