@@ -10,6 +10,8 @@ pub struct Call {
     pub tokens: usize,
     /// Tokens of each request that lie in the caches.
     pub past: usize,
+    /// Tokens that an encoder reads of each request.
+    pub source: usize,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -22,12 +24,23 @@ pub struct Cost {
     pub cache_bytes: f64,
 }
 
+impl std::iter::Sum for Cost {
+    fn sum<I: Iterator<Item = Cost>>(costs: I) -> Cost {
+        costs.fold(Cost::default(), |sum, cost| Cost {
+            operations: sum.operations + cost.operations,
+            weight_bytes: sum.weight_bytes + cost.weight_bytes,
+            cache_bytes: sum.cache_bytes + cost.cache_bytes,
+        })
+    }
+}
+
 /// The cost of one call.
 pub fn cost(network: &Network, call: Call) -> Cost {
     let size = |dim: &Dim| match *dim {
         Dim::Fixed(size) => size,
         Dim::Named(Axis::Batch) => call.batch,
-        Dim::Named(Axis::Tokens | Axis::Source) => call.tokens,
+        Dim::Named(Axis::Tokens) => call.tokens,
+        Dim::Named(Axis::Source) => call.source,
         Dim::Named(Axis::Features) => 0,
     };
     let element = network.dtype.bytes(1) as f64;
@@ -43,13 +56,22 @@ pub fn cost(network: &Network, call: Call) -> Cost {
                 // A network without a cache has all its tokens in the shape.
                 let new = node.ty.shape.get(1).map_or(call.tokens, size) as f64;
                 let past = if attention.cache.is_some() { call.past as f64 } else { 0.0 };
-                let pairs =
-                    if attention.mask == Mask::Causal { new * past + new * (new + 1.0) / 2.0 } else { new * new };
+                let read = node.inputs.get(1).and_then(|key| network.nodes.get(key.0));
+                let keys = read.and_then(|key| key.ty.shape.get(1)).map_or(new, |dim| size(dim) as f64);
+                let pairs = match (attention.cache.is_some(), attention.mask) {
+                    (true, Mask::Causal) => new * past + new * (new + 1.0) / 2.0,
+                    (false, Mask::Causal) => new * (new + 1.0) / 2.0,
+                    (true, _) => new * new,
+                    (false, _) => new * keys,
+                };
                 let width = (attention.heads * attention.head_dim) as f64;
                 cost.operations += 4.0 * call.batch as f64 * width * pairs;
+                let row = 2.0 * (attention.kv_heads * attention.head_dim) as f64 * element;
                 if attention.cache.is_some() {
-                    let row = 2.0 * (attention.kv_heads * attention.head_dim) as f64 * element;
                     cost.cache_bytes += call.batch as f64 * (past + new) * row;
+                } else if read.is_some_and(|key| key.op == Op::Input) {
+                    // Keys and values that another network made, once for all steps.
+                    cost.cache_bytes += call.batch as f64 * keys * row;
                 }
             }
             _ => {}
@@ -96,19 +118,41 @@ mod tests {
     #[test]
     fn a_decode_step_of_llama_7b() {
         let Cost { operations, weight_bytes, cache_bytes } =
-            cost(&network(false), Call { batch: 1, tokens: 1, past: 1023 });
+            cost(&network(false), Call { batch: 1, tokens: 1, past: 1023, source: 0 });
         assert!((weight_bytes / 1e9 - 13.214).abs() < 2e-3, "{weight_bytes}");
         assert!((cache_bytes / 1e9 - 0.537).abs() < 1e-3, "{cache_bytes}");
         assert!((operations / 2.0 - (6.607e9 + 0.268e9)).abs() < 2e7, "{operations}");
         // A tied table is read whole after all, as the head.
-        let tied = cost(&network(true), Call { batch: 1, tokens: 1, past: 0 });
+        let tied = cost(&network(true), Call { batch: 1, tokens: 1, past: 0, source: 0 });
         assert!((tied.weight_bytes - weight_bytes).abs() < 1.0);
     }
 
     /// 26.5 TFLOP of linear layers and 1.1 of causal attention.
     #[test]
     fn a_prefill_of_2048_tokens() {
-        let found = cost(&network(false), Call { batch: 1, tokens: 2048, past: 0 }).operations / 1e12;
+        let found = cost(&network(false), Call { batch: 1, tokens: 2048, past: 0, source: 0 }).operations / 1e12;
         assert!((found - 27.6).abs() < 0.1, "{found}");
+    }
+
+    /// flan-t5-xl's decoder reads its own 100 rows and 500 of the encoder at every step; the rows of the encoder's keys are
+    /// made once.
+    #[test]
+    fn a_decode_step_behind_an_encoder() {
+        let config = json!({
+            "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "d_model": 2048, "d_ff": 5120,
+            "d_kv": 64, "num_heads": 32, "num_layers": 24, "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": false,
+        });
+        let networks = Model::from_config(&config).unwrap().networks(DType::Float16, Logits::Last).unwrap();
+        let call = Call { batch: 2, tokens: 1, past: 99, source: 500 };
+        let [encoder, cross, decoder] = [0, 1, 2].map(|place| cost(&networks[place], call));
+        assert_eq!(decoder.cache_bytes, 24.0 * 2.0 * (100.0 + 500.0) * 2.0 * 2048.0 * 2.0);
+        let matrices = 24.0 * (6.0 * 2048.0 * 2048.0 + 3.0 * 2048.0 * 5120.0) + 32128.0 * 2048.0;
+        let attention = 24.0 * 4.0 * 2.0 * 2048.0 * 600.0;
+        assert_eq!(decoder.operations, 2.0 * 2.0 * matrices + attention);
+        assert_eq!(cross.operations, 24.0 * 2.0 * 2.0 * 2.0 * 500.0 * 2048.0 * 2048.0);
+        let matrices = 24.0 * (4.0 * 2048.0 * 2048.0 + 3.0 * 2048.0 * 5120.0);
+        let attention = 24.0 * 4.0 * 2.0 * 2048.0 * 500.0 * 500.0;
+        assert_eq!((encoder.operations, encoder.cache_bytes), (2.0 * 2.0 * 500.0 * matrices + attention, 0.0));
     }
 }

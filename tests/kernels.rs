@@ -27,10 +27,14 @@ fn attention_compiles_for_every_gpu_type_and_head() {
         let compiler = compiler(gpu);
         for dtype in [DType::Float32, DType::Float16, DType::Bfloat16] {
             // Odd widths take the plain loads; 64 and 128 the wide ones; 256 the most shared memory.
-            for (head_dim, rotary) in [(6, false), (8, true), (64, true), (80, false), (128, true), (256, false)] {
+            let heads = [(6, false), (8, true), (64, true), (80, false), (128, true), (256, false)];
+            // With a bias by distance: T5's heads, of the tests and of flan-t5.
+            let plain = heads.map(|(head_dim, rotary)| (head_dim, rotary, false));
+            for (head_dim, rotary, bias) in plain.into_iter().chain([(8, false, true), (64, false, true)]) {
                 // 80 as OPT-2.7B has it: learned positions.
-                let causal = rotary || head_dim == 80;
-                let shape = AttentionShape { dtype, heads: 4, kv_heads: 2, head_dim, scale: 0.125, rotary, causal };
+                let causal = rotary || head_dim == 80 || bias;
+                let kv_heads = if bias { 4 } else { 2 };
+                let shape = AttentionShape { dtype, heads: 4, kv_heads, head_dim, scale: 0.125, rotary, causal, bias };
                 let plugin = AttentionPlugin::new(shape, &compiler).unwrap();
                 assert_carries(&plugin.state(), &AttentionPlugin::KERNELS);
                 if dtype != DType::Float32 && [64, 80, 128].contains(&head_dim) {

@@ -43,7 +43,8 @@ pub fn run(args: &BenchArgs, printer: &Printer) -> Result<(), Failure> {
     };
     let batches = if args.batch.is_empty() { vec![1] } else { args.batch.clone() };
     let steps = args.output_len.unwrap_or(STEPS).min(sizes.max_output_len).max(1);
-    let language = network(&directory, "language")?;
+    let language = network(&directory, directory.language())?;
+    let readers = reading(&directory)?;
     let vision = if features > 0 { Some(network(&directory, "vision")?) } else { None };
     let mut rows = Vec::new();
     for &batch in &batches {
@@ -53,7 +54,7 @@ pub fn run(args: &BenchArgs, printer: &Printer) -> Result<(), Failure> {
         for &length in &lengths {
             let vocab = engine.config().pretrained_config.vocab_size;
             let prompts = vec![prompt(length, features, vocab); batch];
-            rows.extend(text(&mut engine, &language, &limits, &prompts, steps)?);
+            rows.extend(text(&mut engine, (&readers, &language), &limits, &prompts, steps)?);
         }
     }
     if printer.is_json() {
@@ -101,20 +102,26 @@ fn network(directory: &EngineDirectory, name: &str) -> Result<Network, Failure> 
     graphs::parse(&text).map_err(|error| Failure::of(Exit::Refused, &error))
 }
 
+/// The networks that read prompts for a decoder, none where it reads them itself.
+fn reading(directory: &EngineDirectory) -> Result<Vec<Network>, Failure> {
+    let found = directory.manifest.networks.iter().filter(|name| ["encoder", "cross"].contains(&name.as_str()));
+    found.map(|name| network(directory, name)).collect()
+}
+
 fn pictures(engine: &mut Tensorrt, network: &Network, limits: &Limits, batch: usize) -> Result<Row, Failure> {
     let [height, width] = engine.config().pretrained_config.multimodal.map_or([0, 0], |found| found.image_size);
     let pixels: Vec<f32> =
         (0..batch * 3 * height * width).map(|place| (place * 7919 % 2001) as f32 / 1e3 - 1.0).collect();
     engine.see(&pixels, batch)?;
     let seconds = recorded(engine, Work::Vision)?;
-    let cost = cost(network, Call { batch, tokens: 1, past: 0 });
+    let cost = cost(network, Call { batch, tokens: 1, past: 0, source: 0 });
     Ok(row("vision", batch, 1, seconds, batch, cost, limits))
 }
 
-/// Prefill, then decode from there.
+/// Prefill, or what an encoder does in its place, then decode from there.
 fn text(
     engine: &mut Tensorrt,
-    network: &Network,
+    (readers, decoder): (&[Network], &Network),
     limits: &Limits,
     prompts: &[Vec<i32>],
     steps: usize,
@@ -122,7 +129,12 @@ fn text(
     let (batch, length) = (prompts.len(), prompts.first().map_or(0, Vec::len));
     engine.prefill_start(prompts)?;
     let seconds = recorded(engine, Work::Prefill)?;
-    let prefill_cost = cost(network, Call { batch, tokens: length, past: 0 });
+    let source = if readers.is_empty() { 0 } else { length };
+    let call = Call { batch, tokens: length, past: 0, source };
+    let prefill_cost = match readers {
+        [] => cost(decoder, call),
+        readers => readers.iter().map(|network| cost(network, call)).sum(),
+    };
     let prefill = row("prefill", batch, length, seconds, batch * length, prefill_cost, limits);
     engine.prefill_start(prompts)?;
     // The first step is recorded, and the first replay is not timed.
@@ -133,8 +145,10 @@ fn text(
         times.push(device.time(|| engine.decode_steps(1))? / 1e3);
     }
     let seconds = middle(times);
-    let past = length + steps / 2;
-    let decode = row("decode", batch, past, seconds, batch, cost(network, Call { batch, tokens: 1, past }), limits);
+    // The caches of a decoder behind an encoder hold new tokens only.
+    let past = if readers.is_empty() { length } else { 1 } + steps / 2;
+    let cost = cost(decoder, Call { batch, tokens: 1, past, source });
+    let decode = row("decode", batch, past, seconds, batch, cost, limits);
     Ok([prefill, decode])
 }
 

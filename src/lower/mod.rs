@@ -50,6 +50,10 @@ struct Lowering<'l, 'n, 'w> {
     rotary: Option<(Rope, trt::Tensor<'n>)>,
     /// Of tokens that were divided by their scales before they were quantized.
     token_scales: BTreeMap<NodeId, trt::Tensor<'n>>,
+    /// The plugin's bias by distance, by its weight.
+    bias: Option<(String, trt::Tensor<'n>)>,
+    /// What hides keys beyond the lengths of a node, with a relative bias or without, the same in every layer.
+    length_mask: Option<(NodeId, bool, trt::Tensor<'n>)>,
 }
 
 /// Writes all nodes and marks the outputs. `compiler` is for targets that need plugins.
@@ -65,6 +69,7 @@ pub fn lower<'w>(
 ) -> Result<(), LowerError> {
     let values = Vec::with_capacity(network.nodes.len());
     let capabilities = Capabilities::of(target.family());
+    let (mask, rotary, bias, length_mask, token_scales) = (None, None, None, None, BTreeMap::new());
     let mut lowering = Lowering {
         network,
         target,
@@ -73,9 +78,11 @@ pub fn lower<'w>(
         capabilities,
         compiler,
         values,
-        mask: None,
-        rotary: None,
-        token_scales: BTreeMap::new(),
+        mask,
+        rotary,
+        token_scales,
+        bias,
+        length_mask,
     };
     for node in &network.nodes {
         let value = lowering.node(node)?;

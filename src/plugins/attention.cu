@@ -2,12 +2,13 @@
 // Su et al. 2021; the online softmax of Milakov and Gimelshein 2018; the split over keys of Flash-Decoding, Dao et al. 2023).
 //
 // The compiler's command line defines TYPE (0 float32, 1 float16, 2 bfloat16), HEADS, KV_HEADS, HEAD_DIM, ROTARY (0, 1),
-// CAUSAL (0, 1) and SCALE. Arithmetic is float32 whatever the type.
+// CAUSAL (0, 1), BIAS (0, 1) and SCALE. Arithmetic is float32 whatever the type.
 //
 // query, result: [batch, tokens, HEADS, HEAD_DIM]; key, value: [batch, tokens, KV_HEADS, HEAD_DIM]
 // key_cache, value_cache: [batch, KV_HEADS, rows, HEAD_DIM]
 // positions: [batch, tokens]; past, sequence: [batch], rows filled before and after this call
 // table: [rows, HEAD_DIM / 2, 2], cosine and sine of position * frequency
+// bias: [HEADS, rows], what is added to the score of a key so many rows before the query's own (T5, Raffel et al. 2020)
 typedef unsigned short half_bits;
 #if TYPE == 0
 typedef float element;
@@ -47,6 +48,15 @@ __device__ int place(int position, int rows) { return max(0, min(position, rows 
 __device__ int visible(int t, int past, int sequence, int rows) {
     int count = CAUSAL ? min(past + t + 1, sequence) : sequence;
     return max(0, min(count, rows));
+}
+
+// What is added to the score of a key by its row and the query's; whatever the rows are, only the table is read.
+__device__ float nearness(const float *bias, int head, int query, int key, int rows) {
+#if BIAS
+    return bias[(size_t)head * rows + place(query - key, rows)];
+#else
+    return 0.0f;
+#endif
 }
 
 // Writes the new keys, rotated, and values into the caches. Grid (tokens, batch).
@@ -96,10 +106,11 @@ __device__ void load_lane(const element *row, int lane, float *x) {
 // [batch * tokens, HEADS, splits, HEAD_DIM + 2]. Grid (splits, HEADS, batch * tokens), WARPS warps.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     trtvlm_attend_part(const element *query, const element *key_cache, const element *value_cache, const int *positions,
-                const int *past, const int *sequence, const float *table, float *partial, int tokens, int rows) {
+                const int *past, const int *sequence, const float *table, const float *bias, float *partial, int tokens,
+                int rows) {
     const int split = blockIdx.x, head = blockIdx.y, token = blockIdx.z;
     const int request = token / tokens, t = token % tokens;
-    const int keys = visible(t, past[request], sequence[request], rows);
+    const int own_past = past[request], keys = visible(t, own_past, sequence[request], rows);
     const int start = split * CHUNK, end = min(start + CHUNK, keys);
     if (start >= keys) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -131,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
             for (int i = 0; i < LANE; i++) dot += q[i] * k[j][i];
 #pragma unroll
             for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(EVERYONE, dot, step);
-            score[j] = first + j < end ? dot : LOWEST;
+            score[j] = first + j < end ? dot + nearness(bias, head, own_past + t, first + j, rows) : LOWEST;
             highest = fmaxf(highest, score[j]);
         }
         const float shrink = __expf(most - highest);
@@ -202,7 +213,8 @@ extern "C" __global__ void trtvlm_attend_join(const float *partial, element *res
 // All keys for many queries. Grid (ceil(tokens / QUERIES), HEADS, batch), WARPS warps.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     trtvlm_attend_all(const element *query, const element *key_cache, const element *value_cache, const int *positions,
-               const int *past, const int *sequence, const float *table, element *result, int tokens, int rows) {
+               const int *past, const int *sequence, const float *table, const float *bias, element *result, int tokens,
+               int rows) {
     extern __shared__ float4 shared[];
     float *queries = reinterpret_cast<float *>(shared);
     float *keys = queries + QUERIES * WIDTH, *values = keys + KEYS * PADDED;
@@ -261,6 +273,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
             const bool seen = start + lane < limit[j];
+            const int own_row = own_past + first_query + warp * OWN + j;
+            if (seen) score[j] += nearness(bias, head, own_row, start + lane, rows);
             float highest = seen ? score[j] : LOWEST;
 #pragma unroll
             for (int step = 16; step > 0; step /= 2) highest = fmaxf(highest, __shfl_xor_sync(EVERYONE, highest, step));

@@ -2,7 +2,8 @@
 //!
 //! Inputs: query `[batch, tokens, heads * head_dim]`, key and value `[batch, tokens, kv_heads * head_dim]`, key and value
 //! cache `[batch, kv_heads, rows, head_dim]`, past and sequence lengths int32 `[batch]`; with rotary positions then
-//! position ids int32 `[batch, tokens]` and the table float32 `[rows, head_dim / 2, 2]` of cosines and sines.
+//! position ids int32 `[batch, tokens]` and the table float32 `[rows, head_dim / 2, 2]` of cosines and sines; with a bias
+//! last a table float32 `[heads, rows]` of what is added to the score of a key so many rows before the query's own.
 //! Outputs: the mix, of the query's shape, and the two caches, changed in place.
 use super::kernel::{Compiler, Kernels, Launch};
 use super::nvrtc::CompileError;
@@ -38,6 +39,8 @@ pub struct AttentionShape {
     pub scale: f32,
     pub rotary: bool,
     pub causal: bool,
+    /// A bias by distance is added to the scores.
+    pub bias: bool,
 }
 
 impl AttentionShape {
@@ -60,6 +63,7 @@ impl AttentionShape {
             format!("-DSCALE={:e}f", self.scale),
             format!("-DROTARY={}", u8::from(self.rotary)),
             format!("-DCAUSAL={}", u8::from(self.causal)),
+            format!("-DBIAS={}", u8::from(self.bias)),
         ]
     }
 }
@@ -97,9 +101,10 @@ impl Plugin for AttentionPlugin {
         let (own, int) = (data_type(self.shape.dtype), DataType::Int32);
         let rotary = [int, DataType::Float];
         let rotary = if self.shape.rotary { &rotary[..] } else { &[] };
+        let bias = if self.shape.bias { &[DataType::Float][..] } else { &[] };
         let output = |like, in_place| PluginOutput { dtype: own, like, in_place };
         Signature {
-            inputs: [&[own; 5][..], &[int; 2], rotary].concat(),
+            inputs: [&[own; 5][..], &[int; 2], rotary, bias].concat(),
             outputs: vec![output(0, false), output(3, true), output(4, true)],
         }
     }
@@ -120,12 +125,19 @@ impl Plugin for AttentionPlugin {
         let [append, attend_part, attend_join, attend_all] = AttentionPlugin::KERNELS;
         let Sizes { batch, tokens, rows } =
             sizes(call.inputs.iter().map(|input| input.shape.as_slice())).ok_or("its inputs have other shapes")?;
-        let mut at = [0u64; 9];
-        for (address, input) in std::iter::zip(&mut at, call.inputs) {
-            *address = input.address;
+        let [query, key, value, key_cache, value_cache, past, sequence, tables @ ..] = call.inputs else {
+            return Err("it has other inputs".into());
+        };
+        let (rotary, bias) = tables.split_at_checked(2 * usize::from(self.shape.rotary)).unwrap_or_default();
+        // Every distance that can be asked for has its place in the table, or memory behind it would be read.
+        if bias.iter().any(|bias| bias.shape != [heads as i64, rows as i64]) {
+            return Err("its bias has another shape".into());
         }
-        let [mut query, mut key, mut value, key_cache, value_cache, mut past, mut sequence, mut positions, mut table] =
-            at;
+        let address = |input: Option<&PluginTensor>| input.map_or(0, |input| input.address);
+        let [mut query, mut key, mut value, key_cache, value_cache, mut past, mut sequence] =
+            [query, key, value, key_cache, value_cache, past, sequence].map(|input| input.address);
+        let (mut positions, mut table) = (address(rotary.first()), address(rotary.get(1)));
+        let mut bias = address(bias.first());
         let [mix, new_keys, new_values] = call.outputs else { return Err("it has other outputs".into()) };
         // Everything rests on it: a copy of the cache would be changed, and lost.
         if new_keys.address != key_cache || new_values.address != value_cache {
@@ -159,7 +171,7 @@ impl Plugin for AttentionPlugin {
                 [splits, heads, batch * tokens],
                 WARPS * 32,
                 0,
-                [query, keys, values, positions, past, sequence, table, workspace, token_count, row_count]
+                [query, keys, values, positions, past, sequence, table, bias, workspace, token_count, row_count]
             )?;
             launch!(
                 attend_join,
@@ -174,7 +186,7 @@ impl Plugin for AttentionPlugin {
                 [tokens.div_ceil(TILE_QUERIES), heads, batch],
                 WARPS * 32,
                 0,
-                [query, keys, values, positions, past, sequence, table, mix, token_count, row_count]
+                [query, keys, values, positions, past, sequence, table, bias, mix, token_count, row_count]
             )
         } else {
             let width = head_dim.next_multiple_of(4);
@@ -184,7 +196,7 @@ impl Plugin for AttentionPlugin {
                 [tokens.div_ceil(QUERIES), heads, batch],
                 WARPS * 32,
                 shared,
-                [query, keys, values, positions, past, sequence, table, mix, token_count, row_count]
+                [query, keys, values, positions, past, sequence, table, bias, mix, token_count, row_count]
             )
         }
     }

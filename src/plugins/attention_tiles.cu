@@ -41,7 +41,8 @@ __device__ unsigned pair(float low, float high) { return (unsigned)store(low) | 
 // Grid (ceil(tokens / TILE_QUERIES), HEADS, batch), WARPS warps.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     trtvlm_attend_tiles(const element *query, const element *key_cache, const element *value_cache, const int *positions,
-                        const int *past, const int *sequence, const float *table, element *result, int tokens, int rows) {
+                        const int *past, const int *sequence, const float *table, const float *bias, element *result,
+                        int tokens, int rows) {
     __shared__ __align__(16) element keys[TILE_KEYS * STRIDE];
     __shared__ __align__(16) element values[TILE_KEYS * STRIDE];
     // The last queries see the most keys and go first.
@@ -107,7 +108,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     float &s = score[n][half * 2 + i];
-                    s = start + n * 8 + lane % 4 * 2 + i < limit[half] ? s * SCALE : LOWEST;
+                    const int key = start + n * 8 + lane % 4 * 2 + i, own_row = own_past + row + half * 8;
+                    s = key < limit[half] ? s * SCALE + nearness(bias, head, own_row, key, rows) : LOWEST;
                     highest = fmaxf(highest, s);
                 }
             }

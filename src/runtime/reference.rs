@@ -36,6 +36,8 @@ struct Source {
     start_id: i32,
     /// What the decoder reads of the prompts at every step.
     read: BTreeMap<String, Array>,
+    /// Other results of reading: the encoder's output, and what was marked.
+    shown: BTreeMap<String, Array>,
 }
 
 impl Source {
@@ -49,7 +51,11 @@ impl Source {
         ]);
         let mut none = Caches::new(self.encoder.network(), 0, 0);
         let encoded = self.encoder.run(&inputs, &mut none, None)?;
-        self.read = self.cross.run(&encoded, &mut none, None)?;
+        let crossed = self.cross.run(&encoded, &mut none, None)?;
+        let (read, marked): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            crossed.into_iter().partition(|(name, _)| name.starts_with("cross_"));
+        (self.read, self.shown) = (read, encoded);
+        self.shown.extend(marked);
         self.read.insert("source_lengths".into(), lengths);
         Ok(())
     }
@@ -109,7 +115,7 @@ impl Reference {
         let table = Array::float([1, hidden], vec![0.0; hidden]);
         let source = match (encoder, cross, config.pretrained_config.decoder_start_token_id) {
             (Some(encoder), Some(cross), Some(start)) => {
-                Some(Source { encoder, cross, start_id: start as i32, read: BTreeMap::new() })
+                Some(Source { encoder, cross, start_id: start as i32, read: BTreeMap::new(), shown: BTreeMap::new() })
             }
             (None, None, _) => None,
             _ => return Err(RuntimeError::Inconsistent { what: "list of networks".into() }),
@@ -189,7 +195,10 @@ impl Executor for Reference {
             Some(source) => {
                 source.read(Array::int([batch, tokens], ids), &used, self.table.clone())?;
                 let start = vec![source.start_id; batch];
-                self.step(start, 1, &vec![1; batch], self.no_table())
+                let shown = source.shown.clone();
+                let tokens = self.step(start, 1, &vec![1; batch], self.no_table())?;
+                self.outputs.extend(shown);
+                Ok(tokens)
             }
             None => self.step(ids, tokens, &used, self.table.clone()),
         }

@@ -9,6 +9,7 @@ PROGRAM = os.environ["TRTVLM"]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIXTURE = ROOT / "fixtures/llava-hf"
 BLIP2 = ROOT / "fixtures/blip2-opt"
+BLIP2_T5 = ROOT / "fixtures/blip2-t5"
 
 
 def run(*arguments, timeout=400, env=None):
@@ -72,6 +73,19 @@ def shape(work, name, **config):
     return folder / "checkpoint"
 
 
+def t5_alone(work):
+    """T5 by itself, with random weights; heads as wide as flan-t5's, so that the kernel on tensor cores takes part."""
+    folder = work / "shapes" / "t5"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(
+        architectures=["T5ForConditionalGeneration"], model_type="t5", d_model=128, d_ff=256, d_kv=64, num_heads=4,
+        num_layers=2, num_decoder_layers=3, vocab_size=1003, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)))
+    done = run("synth", folder / "config.json", "-o", folder / "checkpoint", "--dtype", "float32")
+    need(done.returncode == 0, f"synth: {last_lines(done.stderr)}")
+    return folder / "checkpoint"
+
+
 def small_checks(work):
     smol = os.environ.get("TRTVLM_SMOLLM2")
     trained = os.environ.get("TRTVLM_TRAINED_LLAVA")
@@ -99,6 +113,20 @@ def small_checks(work):
         mark = ("--mark", "**.fc2", "**.dense") if quant == "none" else ()
         checks[f"blip2-opt {dtype} {quant}, vision too"] = lambda directory=directory, flags=flags, mark=mark, dtype=dtype: compared(
             BLIP2, directory, *flags, *mark, all_equal=dtype == "float32", verify_flags=("--layers",) if mark else ())
+    # An encoder, a bias by distance, keys and values handed on; the second prompt is a token shorter.
+    for dtype, quant in (("float32", "none"), ("float16", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float16", "int4-g16")):
+        directory = work / f"blip2-t5-{dtype}-{quant}"
+        flags = ("--dtype", dtype, "--quant", quant, *batch, *quick)
+        mark = ("--mark", "**.wo", "**.o") if (dtype, quant) == ("float32", "none") else ()
+        checks[f"blip2-t5 {dtype} {quant}"] = lambda directory=directory, flags=flags, mark=mark, dtype=dtype: compared(
+            BLIP2_T5, directory, *flags, *mark, all_equal=dtype == "float32", verify_flags=("--layers",) if mark else ())
+    # More steps than the bias has buckets and than one block of cache rows.
+    for dtype in ("float32", "float16", "bfloat16"):
+        def alone(dtype=dtype):
+            sizes = ("--max-batch-size", "3", "--max-input-len", "200", "--max-output-len", "150", *quick)
+            return compared(t5_alone(work / dtype), work / f"t5-{dtype}", "--dtype", dtype, *sizes,
+                            verify_flags=("--input-len", "197", "--steps", "140"), all_equal=dtype == "float32")
+        checks[f"T5 alone {dtype}, 3 prompts of 197, 196 and 195 tokens, 140 steps"] = alone
     # SigLIP, a padded grid, a rope with other sizes.
     for dtype in ("float32", "float16"):
         directory = work / f"vila-{dtype}"
@@ -130,6 +158,8 @@ def small_checks(work):
     checks["a run says what the reference says"] = lambda: same_answer(work, smol, trained)
     checks["killed in the middle, the directory before is whole"] = lambda: killed(work)
     checks["inspect shows the layers"] = lambda: inspected(work)
+    checks["inspect shows the layers of an encoder and a decoder"] = lambda: inspected(
+        work, BLIP2_T5, {"vision", "encoder", "cross", "decoder"})
     checks["another version or GPU is refused"] = lambda: refused(work)
     return checks
 
@@ -180,13 +210,13 @@ def killed(work):
     return {"left behind after the next build": stale, "builders of other checks at that time": len(left)}
 
 
-def inspected(work):
-    directory = work / "inspected"
-    build(FIXTURE, directory, "--dtype", "float16", "--optimization-level", "1", target="tensorrt")
+def inspected(work, model=FIXTURE, networks=frozenset({"vision", "language"})):
+    directory = work / f"inspected-{model.name}"
+    build(model, directory, "--dtype", "float16", "--optimization-level", "1", target="tensorrt")
     done = run("inspect", directory, "--layers")
     need(done.returncode == 0, last_lines(done.stderr))
     counts = {name: len(found["Layers"]) for name, found in json.loads(done.stdout)["networks"].items()}
-    need(counts.keys() == {"vision", "language"} and min(counts.values()) > 1, f"{counts}")
+    need(counts.keys() == networks and min(counts.values()) > 1, f"{counts}")
     return counts
 
 
@@ -208,6 +238,7 @@ def refused(work):
 def sanitize_checks(work):
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     cases = {"llava-hf float16": ("fixture-float16", ()), "llava-hf float32": ("fixture-float32", ()),
+             "blip2-t5 float32": ("blip2-t5-float32-none", ()), "T5 alone float16": ("t5-float16", ("--input-len", "70")),
              "6 heads of 64 on 2, bfloat16": ("engine-6_heads_of_64_on_2-bfloat16", ("--input-len", "70")),
              "4 heads of 128, float16": ("engine-4_heads_of_128-float16", ("--input-len", "70")),
              "2 heads of 256, float32": ("engine-2_heads_of_256-float32", ("--input-len", "70"))}

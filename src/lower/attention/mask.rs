@@ -1,12 +1,27 @@
 //! Additive masks of attention: what a query must not see, and T5's bias by distance.
 use super::Value;
 use crate::lower::{LowerError, Lowering};
-use graphs::{Attention, DType, Node, RelativeBias};
+use graphs::{Attention, DType, Node, NodeId, RelativeBias};
 use tensorrt_sys as trt;
 use trt::ElementWiseOperation;
 
+/// The bias of each head at each distance from the query's place to the key's, `[heads, distances]`, from a weight's values
+/// `[buckets, heads]`; nothing where these are too few.
+pub(super) fn by_distance(
+    bias: &RelativeBias,
+    values: &[f32],
+    heads: usize,
+    distances: impl Iterator<Item = i64> + Clone,
+) -> Option<Vec<f32>> {
+    let of = |head: usize| {
+        let distances = distances.clone();
+        distances.map(move |distance| values.get(bias.bucket(distance) * heads + head).copied())
+    };
+    (0..heads).flat_map(of).collect()
+}
+
 impl<'n> Lowering<'_, 'n, '_> {
-    /// 0, or the relative bias, where cache row r <= past + i for new token i, else the lowest number:
+    /// 0, or the relative bias, where cache row r <= past + i for new token i, else a low number:
     /// `[batch, 1 or heads, tokens, rows]`. One for all layers. The native causal masks align to the cache's end, not to
     /// each request's own length.
     pub(super) fn cache_mask(&mut self, node: &Node, attention: &Attention, past: trt::Tensor<'n>) -> Value<'n> {
@@ -41,14 +56,15 @@ impl<'n> Lowering<'_, 'n, '_> {
         Ok(mask)
     }
 
-    /// The lowest number where key k >= lengths, else `seen` (0 where there is none): `[batch, 1 or heads, 1, keys]`.
-    pub(super) fn length_mask(
-        &self,
-        node: &Node,
-        lengths: trt::Tensor<'n>,
-        seen: Option<trt::Tensor<'n>>,
-    ) -> Value<'n> {
-        let name = |part: &str| format!("{}/{part}", node.path);
+    /// A low number where key k >= lengths, else `seen` (0 where there is none): `[batch, 1 or heads, 1 or queries, keys]`.
+    /// One for all layers.
+    pub(super) fn length_mask(&mut self, node: &Node, of: NodeId, seen: Option<trt::Tensor<'n>>) -> Value<'n> {
+        match self.length_mask {
+            Some((found, biased, mask)) if found == of && biased == seen.is_some() => return Ok(mask),
+            _ => {}
+        }
+        let (lengths, seen_bias) = (self.value(of), seen.is_some());
+        let name = |part: &str| format!("lengths/{}/{part}", self.values.len());
         let shape = self.target.shape_of(&name("shape"), self.value(node.inputs[1])).map_err(Self::refused(node))?;
         let keys = self.target.slice(&name("keys"), shape, 0, 1, 1).map_err(Self::refused(node))?;
         let start = self.integers(&name("start"), &[0], &[])?;
@@ -63,7 +79,9 @@ impl<'n> Lowering<'_, 'n, '_> {
             Some(seen) => seen,
             None => self.number(&name("zero"), 0.0, self.network.dtype, 4)?,
         };
-        self.hide(node, &name("mask"), hidden, seen)
+        let mask = self.hide(node, &name("mask"), hidden, seen)?;
+        self.length_mask = Some((of, seen_bias, mask));
+        Ok(mask)
     }
 
     /// 0, 1, 2 ... as many as the query has tokens, int32 `[1, 1, tokens, 1]`.
@@ -93,15 +111,9 @@ impl<'n> Lowering<'_, 'n, '_> {
         let table = self.constants.get(&bias.weight.key())?;
         let values = quant::to_f32(table.dtype, table.bytes);
         let heads = attention.heads;
-        let of = |head: usize| {
-            let values = &values;
-            (1 - reach..reach).map(move |distance| values.get(bias.bucket(distance) * heads + head).copied())
-        };
-        let spread: Option<Vec<f32>> = (0..heads).flat_map(of).collect();
-        let short =
-            || LowerError::Unsupported { path: node.path.clone(), reason: "its bias table is too short".into() };
+        let spread = by_distance(bias, &values, heads, 1 - reach..reach).ok_or_else(|| Self::short_table(node))?;
         let dtype = self.network.dtype;
-        let bytes = self.constants.floats(dtype, &spread.ok_or_else(short)?);
+        let bytes = self.constants.floats(dtype, &spread);
         let sizes = [heads as i64, 2 * reach - 1];
         let table = self.target.constant(&name("by_distance"), crate::lower::data_type(dtype), &sizes, bytes)?;
         let offset = self.integers(&name("offset"), &[reach as i32 - 1], &[1, 1, 1])?;
@@ -118,12 +130,16 @@ impl<'n> Lowering<'_, 'n, '_> {
         self.target.transpose(&name("bias"), found, &[1, 0, 2, 3]).map_err(Self::refused(node))
     }
 
+    pub(super) fn short_table(node: &Node) -> LowerError {
+        LowerError::Unsupported { path: node.path.clone(), reason: "its bias table is too short".into() }
+    }
+
     fn hide(&self, node: &Node, name: &str, hidden: trt::Tensor<'n>, seen: trt::Tensor<'n>) -> Value<'n> {
         let dtype = self.network.dtype;
+        // Half of the lowest number: a score may be added to it and it stays finite, so that no row becomes NaN.
         let lowest = match dtype {
-            DType::Float16 => -65504.0,
-            DType::Bfloat16 => -3.38e38,
-            _ => f32::MIN,
+            DType::Float16 => -32752.0,
+            _ => -1.6e38,
         };
         let lowest = self.number(&format!("{name}/lowest"), lowest, dtype, 4)?;
         self.target.select(name, hidden, lowest, seen).map_err(Self::refused(node))
@@ -138,5 +154,28 @@ impl<'n> Lowering<'_, 'n, '_> {
         operation: ElementWiseOperation,
     ) -> Value<'n> {
         self.target.elementwise(name, a, b, operation).map_err(Self::refused(node))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use graphs::Weight;
+
+    /// What the plugin reads for a key `away` rows before the query's own, against T5's rule written down anew.
+    #[test]
+    fn the_plugin_finds_a_bias_by_head_and_rows_between() {
+        let (heads, rows) = (3, 300);
+        let weight = Weight::tensor("bias".to_owned(), &[32, heads]);
+        let bias = RelativeBias { weight, buckets: 32, max_distance: 128, bidirectional: false };
+        let values: Vec<f32> = (0..32 * heads).map(|place| place as f32).collect();
+        let table = by_distance(&bias, &values, heads, (0..rows as i64).map(|away| -away)).unwrap();
+        assert_eq!(table.len(), heads * rows);
+        for (head, away) in (0..heads).flat_map(|head| (0..rows).map(move |away| (head, away))) {
+            let steps = (away.max(1) as f64 / 16.0).ln() / 8f64.ln() * 16.0 + 1e-6;
+            let bucket = if away < 16 { away } else { (16 + steps as usize).min(31) };
+            assert_eq!(table[head * rows + away], values[bucket * heads + head], "head {head}, {away} rows");
+        }
+        assert_eq!(by_distance(&bias, &values[1..], heads, (0..rows as i64).map(|away| -away)), None);
     }
 }

@@ -45,7 +45,7 @@ impl<'n> Lowering<'_, 'n, '_> {
             None => None,
         };
         match node.inputs.last().filter(|_| attention.key_lengths) {
-            Some(lengths) => Ok(Some(self.length_mask(node, self.value(*lengths), bias)?)),
+            Some(lengths) => Ok(Some(self.length_mask(node, *lengths, bias)?)),
             None => Ok(bias),
         }
     }

@@ -1,8 +1,9 @@
 //! Attention over a cache by our plugin, for targets whose own layers know no cache.
+use super::mask::by_distance;
 use super::{Value, cache_names};
 use crate::lower::{LowerError, Lowering};
 use crate::plugins::{AttentionPlugin, AttentionShape, LARGEST_HEAD};
-use graphs::{Attention, Mask, Node, Rope};
+use graphs::{Attention, Mask, Node, RelativeBias, Rope};
 use tensorrt_sys as trt;
 
 impl<'n> Lowering<'_, 'n, '_> {
@@ -14,8 +15,8 @@ impl<'n> Lowering<'_, 'n, '_> {
             let reason = format!("heads of {head_dim} dimensions; the plugin takes even ones up to {LARGEST_HEAD}");
             return Err(unsupported(&reason));
         }
-        if attention.relative_bias.is_some() {
-            return Err(unsupported("a bias by distance is not in the plugin yet"));
+        if attention.relative_bias.is_some() && attention.mask != Mask::Causal {
+            return Err(unsupported("a bias by distance over a cache must have a causal mask here"));
         }
         let shape = AttentionShape {
             dtype: self.network.dtype,
@@ -25,6 +26,7 @@ impl<'n> Lowering<'_, 'n, '_> {
             scale,
             rotary: attention.rope.is_some(),
             causal: attention.mask == Mask::Causal,
+            bias: attention.relative_bias.is_some(),
         };
         let plugin = AttentionPlugin::new(shape, self.compiler(node)?)?;
         let [past_key, present_key] = cache_names("key", slot);
@@ -38,6 +40,9 @@ impl<'n> Lowering<'_, 'n, '_> {
         inputs.extend([self.value(*past), self.value(*sequence)]);
         if let (Some(rope), [positions]) = (&attention.rope, lengths) {
             inputs.extend([self.value(*positions), self.rotary_table(rope, head_dim)?]);
+        }
+        if let Some(bias) = &attention.relative_bias {
+            inputs.push(self.bias_table(node, bias, heads)?);
         }
         let outputs = self.target.plugin(&node.path, &inputs, Box::new(plugin)).map_err(refused())?;
         let &[mixed, keys, values] = &outputs[..] else { return Err(unsupported("the plugin has other outputs")) };
@@ -61,6 +66,24 @@ impl<'n> Lowering<'_, 'n, '_> {
         let name = format!("rotary_table/{}", self.values.len());
         let table = self.target.constant(&name, trt::DataType::Float, &sizes, bytes)?;
         self.rotary = Some((rope.clone(), table));
+        Ok(table)
+    }
+    /// What is added to the score of a key 0, 1, 2 ... rows before the query's own, float32 `[heads, rows]`; the same for
+    /// all layers.
+    fn bias_table(&mut self, node: &Node, bias: &RelativeBias, heads: usize) -> Value<'n> {
+        let key = bias.weight.key();
+        if let Some((of, table)) = &self.bias
+            && *of == key
+        {
+            return Ok(*table);
+        }
+        let (rows, stored) = (self.sizes.max_seq_len as i64, self.constants.get(&key)?);
+        let values = by_distance(bias, &quant::to_f32(stored.dtype, stored.bytes), heads, (0..rows).map(|away| -away));
+        let values = values.ok_or_else(|| Self::short_table(node))?;
+        let bytes = self.constants.floats(graphs::DType::Float32, &values);
+        let name = format!("bias_table/{}", self.values.len());
+        let table = self.target.constant(&name, trt::DataType::Float, &[heads as i64, rows], bytes)?;
+        self.bias = Some((key, table));
         Ok(table)
     }
 }

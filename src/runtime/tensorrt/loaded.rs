@@ -35,8 +35,25 @@ fn count(shape: &[i64]) -> usize {
     shape.iter().map(|&size| usize::try_from(size).unwrap_or(0)).product()
 }
 
+/// A shape with its open dimensions filled in.
+fn filled(shape: &[i64], batch: usize, places: usize) -> Vec<i64> {
+    let size = |(dim, &size): (usize, &i64)| match (size, dim) {
+        (-1, 0) => batch as i64,
+        (-1, _) => places as i64,
+        _ => size,
+    };
+    shape.iter().enumerate().map(size).collect()
+}
+
 impl Loaded {
-    pub(super) fn open(device: &Device, library: &'static trt::Library, path: &Path) -> Result<Loaded, RuntimeError> {
+    /// An input that is also a result of `lender` is read where that engine writes it; `lender` must not go before this
+    /// one has run last.
+    pub(super) fn open(
+        device: &Device,
+        library: &'static trt::Library,
+        path: &Path,
+        lender: Option<&Loaded>,
+    ) -> Result<Loaded, RuntimeError> {
         let plan = trt::MappedFile::open(path)?;
         let engine = trt::Engine::load(library, plan.bytes())?;
         let (tensors, profiles) = (engine.tensors()?, engine.profiles()?);
@@ -56,12 +73,31 @@ impl Loaded {
                 *size = bytes.max(*size);
             }
         }
+        let borrowed = |name: &str| {
+            let input = tensors.iter().any(|tensor| tensor.input && tensor.name == name);
+            lender.filter(|lender| input && lender.results().iter().any(|result| result == name))
+        };
+        let mut lent = BTreeMap::new();
+        for (name, bytes) in &sizes {
+            let Some(lender) = borrowed(name) else { continue };
+            let (buffer, own) = (lender.buffer(name)?, tensors.iter().find(|tensor| tensor.name == *name));
+            // Engines of different builds put together.
+            if buffer.len() < *bytes || own.map(|own| own.dtype) != Some(lender.tensor(name)?.dtype) {
+                return Err(RuntimeError::Inconsistent { what: format!("tensor `{name}`") });
+            }
+            lent.insert(name.clone(), device.address(buffer));
+        }
+        sizes.retain(|name, _| !lent.contains_key(name));
         let buffer = |(name, bytes)| Ok::<_, RuntimeError>((name, device.allocate(bytes)?));
         let buffers = sizes.into_iter().map(buffer).collect::<Result<BTreeMap<_, _>, _>>()?;
         let loaded = Loaded { contexts, tensors, buffers };
         for profile in 0..profiles {
             for tensor in &loaded.tensors {
-                loaded.bind(device, profile, &tensor.name, &owner(&tensor.name))?;
+                match lent.get(&tensor.name) {
+                    // SAFETY: it was found to be large enough above; the caller keeps the lender.
+                    Some(&address) => unsafe { loaded.context(profile)?.set_address(&tensor.name, address) }?,
+                    None => loaded.bind(device, profile, &tensor.name, &owner(&tensor.name))?,
+                }
             }
         }
         Ok(loaded)
@@ -81,7 +117,11 @@ impl Loaded {
     }
 
     pub(super) fn has(&self, tensor: &str) -> bool {
-        self.buffers.contains_key(tensor)
+        self.tensors.iter().any(|found| found.name == tensor)
+    }
+
+    pub(super) fn profiles(&self) -> usize {
+        self.contexts.len()
     }
 
     pub(super) fn buffer(&self, tensor: &str) -> Result<&Buffer, RuntimeError> {
@@ -135,16 +175,17 @@ impl Loaded {
         Ok(self.context(profile)?.set_shape(name, &shape)?)
     }
 
-    /// The first dimension of every cache is the number of requests.
-    pub(super) fn set_cache_batch(&self, profile: usize, batch: usize) -> Result<(), RuntimeError> {
-        for tensor in self.tensors.iter().filter(|tensor| tensor.input && tensor.name.starts_with("past_")) {
-            if let [_, rest @ .., _, _] = &tensor.shape[..]
-                && !rest.is_empty()
-            {
-                let mut shape = tensor.shape.clone();
-                shape[0] = batch as i64;
-                self.context(profile)?.set_shape(&tensor.name, &shape)?;
-            }
+    /// Sets the shapes of all inputs whose names start so: the first dimension is the number of requests, another one that
+    /// was left open is `places`.
+    pub(super) fn set_named(
+        &self,
+        profile: usize,
+        prefix: &str,
+        batch: usize,
+        places: usize,
+    ) -> Result<(), RuntimeError> {
+        for tensor in self.tensors.iter().filter(|tensor| tensor.input && tensor.name.starts_with(prefix)) {
+            self.context(profile)?.set_shape(&tensor.name, &filled(&tensor.shape, batch, places))?;
         }
         Ok(())
     }
@@ -179,5 +220,18 @@ impl Loaded {
         let copied = self.buffer(from).map(|from| device.copy(from, &mut target, 0, bytes));
         self.buffers.insert(to.to_owned(), target);
         Ok(copied??)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn open_dimensions_are_requests_and_places() {
+        assert_eq!(filled(&[-1, 4, 512, 64], 2, 9), [2, 4, 512, 64]);
+        assert_eq!(filled(&[-1, -1, 32], 2, 9), [2, 9, 32]);
+        // The features of a page are always as many.
+        assert_eq!(filled(&[-1, 588, 32], 2, 588), [2, 588, 32]);
     }
 }

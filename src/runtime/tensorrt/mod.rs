@@ -1,46 +1,60 @@
 //! TensorRT 10 engines on a CUDA GPU. The caches stay on the device and are changed in place; a decode step is a recorded
 //! graph that picks its own next token, so that the host only reads tokens, several steps at a time.
+mod decoder;
 mod loaded;
+mod source;
 
 use super::{Executor, Output, RuntimeError, check_prompts};
 use crate::assemble::engine_name;
 use crate::backend::{self, Kind};
-use crate::device::{Buffer, Device, Gpu};
+use crate::device::{Device, Gpu};
 use crate::engine_dir::{EngineConfig, EngineDirectory, Manifest};
-use crate::lower::{NEXT_LENGTHS, NEXT_TOKENS};
 use crate::plugins;
 use cudarc::driver::CudaGraph;
+use decoder::{Decoder, PREFILL, STRIDE};
 use loaded::Loaded;
+use source::Source;
 use std::collections::BTreeMap;
 use tensorrt_sys as trt;
-
-/// Optimization profiles of a language engine.
-const PREFILL: usize = 0;
-const DECODE: usize = 1;
-
-/// Decode steps between two looks at their tokens.
-const STRIDE: usize = 8;
 
 const INT: usize = size_of::<i32>();
 
 pub struct Tensorrt {
-    graph: Option<CudaGraph>,
+    /// Goes before what it reads of.
+    decoder: Decoder,
+    /// What reads prompts or pictures for a decoder that does not read them itself.
+    source: Option<Source>,
     vision: Option<Loaded>,
-    language: Loaded,
     device: Device,
     config: EngineConfig,
-    /// Tokens of each request that lie in the caches.
-    lengths: Vec<usize>,
-    /// Tokens of the steps since the host last looked, int32 `[STRIDE, batch]`.
-    history: Buffer,
-    /// The engine and profile that ran last.
+    /// What ran last.
     last: Last,
+}
+
+/// Prompts made alike in length, `[batch, tokens]`, with padding on the right; `used` tokens of each count.
+struct Padded {
+    batch: usize,
+    tokens: usize,
+    ids: Vec<i32>,
+    used: Vec<i32>,
+}
+
+impl Padded {
+    fn new(prompts: &[Vec<i32>]) -> Padded {
+        let tokens = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let padded = |prompt: &Vec<i32>| {
+            prompt.iter().copied().chain(std::iter::repeat_n(0, tokens - prompt.len())).collect::<Vec<_>>()
+        };
+        let ids = prompts.iter().flat_map(padded).collect();
+        Padded { batch: prompts.len(), tokens, ids, used: prompts.iter().map(|prompt| prompt.len() as i32).collect() }
+    }
 }
 
 /// What can be measured by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
     Vision,
+    /// What reads the prompts: a decoder alone, or an encoder with what makes keys and values of its output.
     Prefill,
 }
 
@@ -48,7 +62,8 @@ pub enum Work {
 enum Last {
     Nothing,
     Vision,
-    Language(usize),
+    Prefill,
+    Decode,
 }
 
 impl Tensorrt {
@@ -58,25 +73,23 @@ impl Tensorrt {
     /// Engines of another version or for another GPU, before anything is loaded; files that are missing or changed.
     pub fn open(directory: &EngineDirectory) -> Result<Tensorrt, RuntimeError> {
         let (library, device) = ready(directory)?;
-        let load = |network: &str| -> Result<Loaded, RuntimeError> {
-            Loaded::open(&device, library, &directory.file(&engine_name(network))?)
+        let load = |network: &str, lender: Option<&Loaded>| -> Result<Loaded, RuntimeError> {
+            Loaded::open(&device, library, &directory.file(&engine_name(network))?, lender)
         };
-        let vision = directory.manifest.networks.iter().any(|name| name == "vision");
-        let vision = if vision { Some(load("vision")?) } else { None };
-        let (language, config) = (load("language")?, directory.config(directory.language())?);
-        // Every new token's position is the number of tokens before it.
-        language.bind(&device, DECODE, "position_ids", "past_lengths")?;
-        let history = device.allocate(STRIDE * config.build_config.max_batch_size * INT)?;
-        Ok(Tensorrt {
-            graph: None,
-            vision,
-            language,
-            device,
-            config,
-            lengths: Vec::new(),
-            history,
-            last: Last::Nothing,
-        })
+        let has = |network: &str| directory.manifest.networks.iter().any(|name| name == network);
+        let load_if = |network: &str| if has(network) { load(network, None).map(Some) } else { Ok(None) };
+        let config = directory.config(directory.language())?;
+        let (vision, encoder) = (load_if("vision")?, load_if("encoder")?);
+        let source = match has("cross") {
+            true => {
+                let cross = load("cross", encoder.as_ref())?;
+                Some(Source::new(encoder, cross, &config)?)
+            }
+            false => None,
+        };
+        let language = load(directory.language(), source.as_ref().map(|source| &source.cross))?;
+        let decoder = Decoder::new(&device, language, &config)?;
+        Ok(Tensorrt { decoder, source, vision, device, config, last: Last::Nothing })
     }
 
     pub fn device(&self) -> &Device {
@@ -87,27 +100,10 @@ impl Tensorrt {
         &self.config
     }
 
-    /// Decode steps, put on the stream: the first of a batch is run as it is, and the others are replays of its recording.
+    /// Decode steps, put on the stream.
     pub fn decode_steps(&mut self, count: usize) -> Result<(), RuntimeError> {
-        let bytes = self.lengths.len() * INT;
-        for place in 0..count {
-            match self.graph.take() {
-                Some(graph) => {
-                    self.device.replay(&graph)?;
-                    self.graph = Some(graph);
-                }
-                None => {
-                    step(&self.device, &mut self.language, bytes)?;
-                    self.device.wait()?;
-                    let (device, language) = (&self.device, &mut self.language);
-                    self.graph = Some(device.record(|| step(device, language, bytes))?);
-                }
-            }
-            let tokens = self.language.buffer(NEXT_TOKENS)?;
-            self.device.copy(tokens, &mut self.history, place % STRIDE * bytes, bytes)?;
-        }
-        self.lengths.iter_mut().for_each(|length| *length += count);
-        self.last = Last::Language(DECODE);
+        self.decoder.steps(&self.device, count)?;
+        self.last = Last::Decode;
         Ok(())
     }
 
@@ -116,58 +112,33 @@ impl Tensorrt {
     /// # Errors
     /// A directory without that engine.
     pub fn record(&self, work: Work) -> Result<CudaGraph, RuntimeError> {
-        let (engine, profile) = match work {
-            Work::Vision => (self.vision.as_ref().ok_or(RuntimeError::NoVision)?, 0),
-            Work::Prefill => (&self.language, PREFILL),
+        let vision = match (work, &self.vision) {
+            (Work::Vision, None) => return Err(RuntimeError::NoVision),
+            (Work::Vision, vision) => vision.as_ref(),
+            (Work::Prefill, _) => None,
         };
         self.device.wait()?;
-        self.device.record(|| engine.enqueue(&self.device, profile))
-    }
-
-    fn tokens(&self, buffer: &Buffer, steps: usize) -> Result<Vec<Vec<u32>>, RuntimeError> {
-        let batch = self.lengths.len();
-        let bytes = self.device.download(buffer, steps * batch * INT)?;
-        let tokens: Vec<u32> = bytes.as_chunks::<INT>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
-        Ok(tokens.chunks(batch.max(1)).map(<[u32]>::to_vec).collect())
+        self.device.record(|| match (vision, &self.source) {
+            (Some(vision), _) => vision.enqueue(&self.device, 0),
+            (None, Some(source)) => source.enqueue(&self.device),
+            (None, None) => self.decoder.engine.enqueue(&self.device, PREFILL),
+        })
     }
 
     /// The prompt in the caches and the first new tokens, put on the stream.
     pub fn prefill_start(&mut self, prompts: &[Vec<i32>]) -> Result<(), RuntimeError> {
         check_prompts(&self.config.build_config, prompts)?;
-        let batch = prompts.len();
-        let tokens = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let padded = |prompt: &Vec<i32>| {
-            prompt.iter().copied().chain(std::iter::repeat_n(0, tokens - prompt.len())).collect::<Vec<_>>()
-        };
-        let ids: Vec<i32> = prompts.iter().flat_map(padded).collect();
-        let positions: Vec<i32> = (0..batch).flat_map(|_| 0..tokens as i32).collect();
-        let used: Vec<i32> = prompts.iter().map(|prompt| prompt.len() as i32).collect();
-        let last: Vec<i32> = used.iter().map(|used| used - 1).collect();
-        let (device, language) = (&self.device, &mut self.language);
-        language.set_ints(device, PREFILL, "input_ids", &[batch, tokens], &ids)?;
-        language.set_ints(device, PREFILL, "position_ids", &[batch, tokens], &positions)?;
-        language.set_ints(device, PREFILL, "past_lengths", &[batch], &vec![0; batch])?;
-        language.set_ints(device, PREFILL, "sequence_lengths", &[batch], &used)?;
-        language.set_ints(device, PREFILL, "last_token_ids", &[batch], &last)?;
-        let rows = self.config.build_config.max_prompt_embedding_table_size.max(1);
-        let hidden = self.config.pretrained_config.hidden_size;
-        language.set_shape(PREFILL, "prompt_embedding_table", &[rows, hidden])?;
-        language.set_cache_batch(PREFILL, batch)?;
-        language.enqueue(device, PREFILL)?;
-        // What comes after has one token a request, the last of one.
-        language.set_ints(device, DECODE, "last_token_ids", &[batch], &vec![0; batch])?;
-        language.set_shape(DECODE, "input_ids", &[batch, 1])?;
-        language.set_shape(DECODE, "position_ids", &[batch, 1])?;
-        language.set_shape(DECODE, "past_lengths", &[batch])?;
-        language.set_shape(DECODE, "sequence_lengths", &[batch])?;
-        language.set_shape(DECODE, "prompt_embedding_table", &[1, hidden])?;
-        language.set_cache_batch(DECODE, batch)?;
-        if self.lengths.len() != batch {
-            self.graph = None;
+        let (device, config, prompts) = (&self.device, &self.config, Padded::new(prompts));
+        match &mut self.source {
+            Some(source) => {
+                let places = source.read(device, &prompts, config)?;
+                let start = source.start(prompts.batch);
+                self.decoder.start(device, &start, Some(&prompts.used), places, config)?;
+            }
+            None => self.decoder.start(device, &prompts, None, 0, config)?,
         }
-        self.lengths = prompts.iter().map(Vec::len).collect();
-        self.last = Last::Language(PREFILL);
-        advance(&self.device, &mut self.language, batch * INT)
+        self.last = Last::Prefill;
+        Ok(())
     }
 }
 
@@ -191,19 +162,6 @@ pub fn layers(directory: &EngineDirectory) -> Result<Vec<(String, String)>, Runt
         Ok((network.clone(), trt::Engine::load(library, plan.bytes())?.describe()?))
     };
     directory.manifest.networks.iter().map(describe).collect()
-}
-
-/// One decode step, put on the stream.
-fn step(device: &Device, language: &mut Loaded, bytes: usize) -> Result<(), RuntimeError> {
-    language.enqueue(device, DECODE)?;
-    advance(device, language, bytes)
-}
-
-/// Puts the next inputs, `bytes` each, in place of the last ones: tokens, rows of the caches before and after.
-fn advance(device: &Device, language: &mut Loaded, bytes: usize) -> Result<(), RuntimeError> {
-    language.copy(device, NEXT_TOKENS, "input_ids", bytes)?;
-    language.copy(device, "sequence_lengths", "past_lengths", bytes)?;
-    language.copy(device, NEXT_LENGTHS, "sequence_lengths", bytes)
 }
 
 /// Refuses engines that this library or GPU cannot run, by what the manifest says of them.
@@ -236,8 +194,15 @@ impl Executor for Tensorrt {
             let pictures = pixels.len() / each.max(1);
             vision.set_floats(&self.device, 0, "input", &[pictures, channels, height, width], pixels)?;
             vision.enqueue(&self.device, 0)?;
-            let (from, to) = (vision.buffer("output")?, self.language.buffer_mut("prompt_embedding_table")?);
+            let to = match &mut self.source {
+                Some(source) => source.pictures_mut()?,
+                None => self.decoder.engine.buffer_mut("prompt_embedding_table")?,
+            };
+            let from = vision.buffer("output")?;
             self.device.copy(from, to, chunk * at_once * row, pictures * row)?;
+        }
+        if let Some(source) = &mut self.source {
+            source.seen = count;
         }
         self.last = Last::Vision;
         Ok(())
@@ -245,32 +210,40 @@ impl Executor for Tensorrt {
 
     fn prefill(&mut self, prompts: &[Vec<i32>]) -> Result<Vec<u32>, RuntimeError> {
         self.prefill_start(prompts)?;
-        let tokens = self.tokens(self.language.buffer(NEXT_TOKENS)?, 1)?;
-        Ok(tokens.into_iter().next().unwrap_or_default())
+        self.decoder.first(&self.device)
     }
 
     fn decode(&mut self, limit: usize) -> Result<Vec<Vec<u32>>, RuntimeError> {
-        let room = self.config.room(self.lengths.iter().copied())?;
+        let room = self.config.room(self.decoder.lengths.iter().copied())?;
         let steps = limit.min(STRIDE).min(room).max(1);
         self.decode_steps(steps)?;
-        self.tokens(&self.history, steps)
+        self.decoder.made(&self.device, steps)
     }
 
     fn force(&mut self, tokens: &[u32]) -> Result<(), RuntimeError> {
-        Ok(self.device.upload(bytemuck::cast_slice(tokens), self.language.buffer_mut("input_ids")?)?)
+        Ok(self.device.upload(bytemuck::cast_slice(tokens), self.decoder.engine.buffer_mut("input_ids")?)?)
     }
 
     fn outputs(&mut self) -> Result<BTreeMap<String, Output>, RuntimeError> {
-        let (engine, profile) = match (self.last, &self.vision) {
-            (Last::Language(profile), _) => (&self.language, profile),
-            (Last::Vision, Some(vision)) => (vision, 0),
-            _ => return Ok(BTreeMap::new()),
+        let decoder = &self.decoder;
+        let mut engines: Vec<(&Loaded, usize)> = match self.last {
+            Last::Nothing => Vec::new(),
+            Last::Vision => self.vision.iter().map(|vision| (vision, 0)).collect(),
+            Last::Prefill => vec![(&decoder.engine, PREFILL)],
+            Last::Decode => vec![(&decoder.engine, decoder.decode_profile())],
         };
-        let output = |name: String| {
-            let (shape, values) = engine.floats(&self.device, profile, &name)?;
-            Ok((name, Output { shape, values }))
-        };
-        engine.results().into_iter().map(output).collect()
+        if self.last == Last::Prefill {
+            engines.extend(self.source.iter().flat_map(Source::engines).map(|engine| (engine, 0)));
+        }
+        let mut outputs = BTreeMap::new();
+        for (engine, profile) in engines {
+            // Keys and values are the decoder's business.
+            for name in engine.results().into_iter().filter(|name| !name.starts_with("cross_")) {
+                let (shape, values) = engine.floats(&self.device, profile, &name)?;
+                outputs.insert(name, Output { shape, values });
+            }
+        }
+        Ok(outputs)
     }
 }
 
