@@ -82,6 +82,13 @@ pub(crate) fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute:
             }
             Ok(ty)
         }
+        Op::Roll { axis, by } => {
+            let x = first()?;
+            match x.shape.get(*axis) {
+                Some(Dim::Fixed(size)) if (1..*size).contains(by) => Ok(x.clone()),
+                _ => Err(format!("cannot roll axis {axis} of {x} by {by}")),
+            }
+        }
         Op::Reshape { shape } => {
             let x = first()?;
             if volume(&x.shape) != volume(shape) {
@@ -188,6 +195,19 @@ fn infer_attention(attention: &Attention, inputs: &[&Type]) -> Result<Type, Misf
                 "relative bias `{}` is {shape:?}, wanted [{}, {heads}]",
                 bias.weight.key(),
                 bias.buckets
+            ));
+        }
+    }
+    if let Some(bias) = &attention.window_bias {
+        let plain = attention.extra_inputs() == 0 && attention.mask == Mask::None && attention.relative_bias.is_none();
+        let places = Dim::Fixed(bias.places());
+        if !bias.is_sound(heads) || !plain || query.shape[1] != places || key.shape[1] != places {
+            return Err(format!(
+                "window bias `{}` {:?} does not fit {heads} heads in {:?} windows of side {} over {query}",
+                bias.weight.key(),
+                bias.weight.shape(),
+                bias.grid,
+                bias.side
             ));
         }
     }

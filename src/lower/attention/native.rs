@@ -37,6 +37,9 @@ impl<'n> Lowering<'_, 'n, '_> {
                 if let Some(bias) = &attention.relative_bias {
                     options.mask = Some(self.square_bias(node, attention, bias)?);
                 }
+                if let Some(bias) = &attention.window_bias {
+                    options.mask = Some(self.window_bias(node, bias)?);
+                }
             }
             _ if attention.mask == Mask::Causal => options.causal = CausalMaskKind::UpperLeft,
             _ => {}

@@ -40,9 +40,10 @@ impl<'n> Lowering<'_, 'n, '_> {
         node: &Node,
         attention: &Attention,
     ) -> Result<Option<tensorrt_sys::Tensor<'n>>, LowerError> {
-        let bias = match &attention.relative_bias {
-            Some(bias) => Some(self.square_bias(node, attention, bias)?),
-            None => None,
+        let bias = match (&attention.relative_bias, &attention.window_bias) {
+            (Some(bias), _) => Some(self.square_bias(node, attention, bias)?),
+            (None, Some(bias)) => Some(self.window_bias(node, bias)?),
+            (None, None) => None,
         };
         match node.inputs.last().filter(|_| attention.key_lengths) {
             Some(lengths) => Ok(Some(self.length_mask(node, self.value(*lengths), bias)?)),
