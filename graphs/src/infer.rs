@@ -200,8 +200,8 @@ fn infer_attention(attention: &Attention, inputs: &[&Type]) -> Result<Type, Misf
     }
     if let Some(bias) = &attention.window_bias {
         let plain = attention.extra_inputs() == 0 && attention.mask == Mask::None && attention.relative_bias.is_none();
-        let places = Dim::Fixed(bias.places());
-        if !bias.is_sound(heads) || !plain || query.shape[1] != places || key.shape[1] != places {
+        let all = |ty: &Type| ty.shape[1] == Dim::Fixed(bias.places());
+        if !bias.is_sound(heads) || !plain || !all(query) || !all(key) {
             return Err(format!(
                 "window bias `{}` {:?} does not fit {heads} heads in {:?} windows of side {} over {query}",
                 bias.weight.key(),

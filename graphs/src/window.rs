@@ -32,13 +32,13 @@ impl WindowBias {
 
     /// Whether the weight has a row for each offset of two places, for so many heads in all windows.
     pub(crate) fn is_sound(&self, heads: usize) -> bool {
+        let offsets = self.side.saturating_mul(2).saturating_sub(1);
         let [rows, each] = self.weight.shape()[..] else { return false };
         let windows = self.grid[0].checked_mul(self.grid[1]);
-        let fits = windows.and_then(|windows| windows.checked_mul(each)) == Some(heads);
-        fits && heads > 0
-            && self.shift < self.side
-            && self.side.checked_mul(2).map(|twice| twice - 1).and_then(|offsets| offsets.checked_mul(offsets))
-                == Some(rows)
+        self.shift < self.side
+            && offsets.checked_mul(offsets) == Some(rows)
+            && heads > 0
+            && windows.and_then(|windows| windows.checked_mul(each)) == Some(heads)
     }
 
     /// Row of the weight for two places of a window.

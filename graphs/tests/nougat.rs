@@ -103,6 +103,58 @@ fn one_layer_as_text() {
     insta::assert_snapshot!("mbart_encoder_layer", lines(&mbart[0], " model.encoder.layers.0."));
 }
 
+#[test]
+fn networks_that_do_not_fit_are_refused() {
+    let text = graphs::print(&open("nougat", &[]).networks(Logits::Last)[0]);
+    graphs::verify(&graphs::parse(&text).unwrap()).unwrap();
+    for (from, to, wanted) in [
+        ("\"side\":4,", "\"side\":3,", "window bias"),
+        ("\"side\":4,", "\"side\":0,", "window bias"),
+        ("\"grid\":[3,3]", "\"grid\":[3,2]", "window bias"),
+        ("\"shift\":2", "\"shift\":4", "window bias"),
+        ("\"mask\":\"none\",\"window", "\"mask\":\"causal\",\"window", "window bias"),
+        ("{\"axis\":1,\"by\":2}", "{\"axis\":1,\"by\":12}", "cannot roll axis 1"),
+        ("{\"axis\":1,\"by\":2}", "{\"axis\":0,\"by\":2}", "cannot roll axis 0"),
+    ] {
+        assert!(text.contains(from), "{from}");
+        let error = graphs::verify(&graphs::parse(&text.replacen(from, to, 1)).unwrap()).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{from} to {to}: {error}");
+    }
+}
+
+/// Two texts of different lengths, sizes that differ between encoder and decoder, and a bias of the logits.
+#[test]
+fn mbart_agrees_with_transformers() {
+    let fixture = open("mbart", &[]);
+    let coverage = fixture.coverage(&fixture.networks(Logits::All));
+    assert_eq!((coverage.missing, coverage.unused, coverage.ignored), (vec![], vec![], vec![]));
+    assert_eq!(coverage.found["lm_head.weight"], "model.shared.weight");
+    let [encoder, cross, decoder] = &fixture.interpreters(Logits::All)[..] else { panic!("three networks") };
+    let lengths = Array::int([2], fixture.golden_ints("source_lengths"));
+    let positions = |count: usize| Array::int([2, count], (0..count as i32).collect::<Vec<_>>().repeat(2));
+    let inputs = BTreeMap::from([
+        ("input_ids", Array::int([2, 6], fixture.golden_ints("input_ids"))),
+        ("position_ids", positions(6)),
+        ("source_lengths", lengths.clone()),
+    ]);
+    let none = &mut Caches::new(encoder.network(), 2, 0);
+    let encoded = encoder.run(&inputs, none, None).unwrap();
+    let error = worst(encoded["encoder_output"].floats().unwrap(), &fixture.golden("encoder_out"));
+    assert!(error < 1e-4, "encoder: {error}");
+    let mut inputs = cross.run(&encoded, none, None).unwrap();
+    let own = [
+        ("source_lengths", lengths),
+        ("input_ids", Array::int([2, 3], fixture.golden_ints("decoder_input_ids"))),
+        ("position_ids", positions(3)),
+        ("past_lengths", Array::int([2], vec![0, 0])),
+        ("sequence_lengths", Array::int([2], vec![3, 3])),
+    ];
+    inputs.extend(own.map(|(name, array)| (name.to_owned(), array)));
+    let outputs = decoder.run(&inputs, &mut Caches::new(decoder.network(), 2, 3), None).unwrap();
+    let error = worst(outputs["logits"].floats().unwrap(), &fixture.golden("logits"));
+    assert!(error < 1e-4, "decoder: {error}");
+}
+
 fn mbart(changes: Value) -> Value {
     let mut config = json!({
         "architectures": ["MBartForConditionalGeneration"], "model_type": "mbart", "d_model": 32, "vocab_size": 64,
