@@ -25,6 +25,11 @@ impl WindowBias {
         self.grid[0] * self.grid[1]
     }
 
+    /// Whether any window holds places that were no neighbours before the roll.
+    pub fn has_walls(&self) -> bool {
+        self.shift > 0
+    }
+
     /// Places of one window.
     pub fn places(&self) -> usize {
         self.side * self.side

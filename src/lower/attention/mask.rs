@@ -41,8 +41,8 @@ impl<'n> Lowering<'_, 'n, '_> {
         Ok(mask)
     }
 
-    /// The bias of attention inside of windows, `[1, windows * heads, places, places]`: a part that all windows share and
-    /// one that all heads of a window share, of which only the sum is large.
+    /// The bias of attention inside of windows, `[1, heads, places, places]` for all windows; with walls
+    /// `[1, windows * heads, places, places]`, the sum of that and of what all heads of a window share.
     pub(super) fn window_bias(&self, node: &Node, bias: &WindowBias) -> Value<'n> {
         let name = |part: &str| format!("{}/{part}", node.path);
         let table = self.constants.get(&bias.weight.key())?;
@@ -55,14 +55,17 @@ impl<'n> Lowering<'_, 'n, '_> {
             (0..heads).flat_map(of).map(|(head, row)| values.get(row * heads + head).copied()).collect();
         let short =
             || LowerError::Unsupported { path: node.path.clone(), reason: "its bias table is too short".into() };
-        let wall = |window: usize| pairs().map(move |(query, key)| bias.wall(window, query, key));
-        let walls: Vec<f32> = (0..windows).flat_map(wall).collect();
         let constant = |part: &str, values: &[f32], sizes: [usize; 2]| -> Value<'n> {
             let sizes = [sizes[0], sizes[1], places, places].map(|size| size as i64);
             let (dtype, bytes) = (self.network.dtype, self.constants.floats(self.network.dtype, values));
             Ok(self.target.constant(&name(part), crate::lower::data_type(dtype), &sizes, bytes)?)
         };
         let shared = constant("by_head", &shared.ok_or_else(short)?, [1, heads])?;
+        if !bias.has_walls() {
+            return Ok(shared);
+        }
+        let wall = |window: usize| pairs().map(move |(query, key)| bias.wall(window, query, key));
+        let walls: Vec<f32> = (0..windows).flat_map(wall).collect();
         let walls = constant("by_window", &walls, [windows, 1])?;
         let sum = self.arithmetic(node, &name("bias"), walls, shared, ElementWiseOperation::Sum)?;
         let sizes = [1, (windows * heads) as i64, places as i64, places as i64];
