@@ -167,7 +167,7 @@ pub struct RunArgs {
     #[arg(long, num_args = 1.., value_name = "FILE")]
     pub image: Vec<PathBuf>,
     /// Prompts, each answered by itself; none for a model that reads pages (Nougat)
-    #[arg(long, num_args = 1.., value_name = "TEXT")]
+    #[arg(long, num_args = 1.., required_unless_present = "image", value_name = "TEXT")]
     pub prompt: Vec<String>,
     /// [default: as many as the engines make]
     #[arg(long)]

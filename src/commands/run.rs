@@ -96,14 +96,14 @@ pub(super) fn check_target(directory: &EngineDirectory, target: Target) -> Resul
 /// The prompts as given; a model that reads pages takes an empty one for each.
 fn prompts(args: &RunArgs, session: &Session) -> Result<Vec<String>, Failure> {
     let blank = args.prompt.len() < 2 && args.prompt.iter().all(|prompt| prompt.trim().is_empty());
-    match (session.config().reads_pages(), args.prompt.is_empty()) {
-        (true, _) if blank && !args.image.is_empty() => Ok(vec![String::new(); args.image.len()]),
-        (true, true) => Err(Failure::new(Exit::Refused, "no page is given").hint(Some("name it with --image".into()))),
-        (false, true) => {
-            Err(Failure::new(Exit::Refused, "no prompt is given").hint(Some("write it behind --prompt".into())))
-        }
-        _ => Ok(args.prompt.clone()),
+    if session.config().reads_pages() && blank && !args.image.is_empty() {
+        return Ok(vec![String::new(); args.image.len()]);
     }
+    if args.prompt.is_empty() {
+        let hint = "write it behind --prompt";
+        return Err(Failure::new(Exit::Refused, "no prompt is given").hint(Some(hint.into())));
+    }
+    Ok(args.prompt.clone())
 }
 
 /// Which pictures belong to which prompt: by the placeholders that the prompts hold, else all to a single prompt, one to
