@@ -163,11 +163,11 @@ pub struct RunArgs {
     /// What runs it [default: tensorrt where the directory has it, else reference]
     #[arg(long, value_enum)]
     pub target: Option<Target>,
-    /// Pictures: one for each prompt, or as many as the prompts hold placeholders
+    /// Pictures: one for each prompt, or as many as the prompts hold placeholders; pages are answered one by one
     #[arg(long, num_args = 1.., value_name = "FILE")]
     pub image: Vec<PathBuf>,
-    /// Prompts; each is answered by itself
-    #[arg(long, num_args = 1.., required = true, value_name = "TEXT")]
+    /// Prompts, each answered by itself; none for a model that reads pages (Nougat)
+    #[arg(long, num_args = 1.., required_unless_present = "image", value_name = "TEXT")]
     pub prompt: Vec<String>,
     /// [default: as many as the engines make]
     #[arg(long)]
@@ -290,7 +290,7 @@ pub struct EvalPicturesArgs {
     /// JSON list of the expected answers
     #[arg(long, value_name = "FILE")]
     pub references: PathBuf,
-    /// JSON object with `prompt` and `maxtok`
+    /// JSON object with `prompt` (null for a model that reads pages) and `maxtok`
     #[arg(long, value_name = "FILE")]
     pub task: PathBuf,
     #[arg(long, value_delimiter = ',', default_value = "none")]

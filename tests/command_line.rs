@@ -53,6 +53,7 @@ const WRONG: &[(&[&str], &str)] = &[
     (&["plan", "model", "--quantt", "int4"], "a similar argument exists: '--quant'"),
     (&["run", "directory"], "--prompt <TEXT>"),
     (&["run", "--prompt", "text"], "<DIRECTORY>"),
+    (&["run", "directory", "--image"], "a value is required for '--image <FILE>...'"),
     (&["run", "directory", "--prompt"], "a value is required for '--prompt <TEXT>...'"),
     (&["run", "directory", "--prompt", "text", "--max-new-tokens", "-1"], "unexpected argument '-1'"),
     (&["inspect"], "<PATH>"),

@@ -46,7 +46,20 @@ fn from_hexadecimal(text: &str) -> Vec<u8> {
 /// The generator's pictures, in integers.
 fn picture(kind: &str, width: usize, height: usize) -> Picture {
     let waves = |x: i64, y: i64| [x * 5 + y, y * 6 + x * x / 9, (x - 20).pow(2) + (y - 15).pow(2)];
+    let page = |x: i64, y: i64| {
+        let (w, h) = (width as i64, height as i64);
+        let inside = x >= w / 5 && x < w - w / 7 && y >= h / 9 && y < h - h / 4;
+        match inside && (x * 7 + y * 13) % 11 < 4 {
+            true => [x % 90, y % 120, x * y % 160],
+            false => [244 + (x + y) % 9, 240 + (x * 3 + y) % 7, 247 + y % 5],
+        }
+    };
     let rgb = match kind {
+        "flat" => [40, 130, 90].repeat(width * height),
+        "page" => (0..height as i64)
+            .flat_map(|y| (0..width as i64).flat_map(move |x| page(x, y)))
+            .map(|value| value as u8)
+            .collect(),
         "waves" => (0..height as i64)
             .flat_map(|y| (0..width as i64).flat_map(move |x| waves(x, y)))
             .map(|value| (value % 256) as u8)
@@ -82,6 +95,28 @@ fn pixel_values_equal_transformers_in_every_bit() {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         assert_eq!(sha256(&bytes), text(&case["sha256"]), "{case}");
     }
+}
+
+/// Margins, turns, thumbnails with their reducing gap, and frames; what transformers cannot do is refused.
+#[test]
+fn pages_equal_transformers_in_every_bit() {
+    let cases = json_file("preprocessing/pages.json");
+    let (mut equal, mut refused) = (0, 0);
+    for case in items(&cases) {
+        let picture = picture(text(&case["kind"]), number(&case["width"]), number(&case["height"]));
+        let processor = ImageProcessor::from_configs(Some(&case["config"]), None)
+            .unwrap_or_else(|error| panic!("{}: {error}", case["config"]));
+        match (processor.process(&picture), case["sha256"].as_str()) {
+            (Ok(values), Some(wanted)) => {
+                let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+                assert_eq!(sha256(&bytes), wanted, "{case}");
+                equal += 1;
+            }
+            (Err(ProcessorError::Picture { .. }), None) => refused += 1,
+            (found, wanted) => panic!("{case}: {:?}, wanted {wanted:?}", found.map(|values| values.len())),
+        }
+    }
+    assert_eq!((equal + refused, equal > 200, refused > 0), (297, true, true));
 }
 
 #[test]
@@ -166,8 +201,19 @@ fn settings_that_cannot_be_followed_are_refused() {
         config.as_object_mut().expect("object").extend(more);
         config
     };
+    let nougat = |more: Value| {
+        let mut config = json!({"image_processor_type": "NougatImageProcessor"});
+        config.as_object_mut().expect("object").extend(more.as_object().expect("object").clone());
+        config
+    };
     let cases = [
-        (json!({"image_processor_type": "NougatImageProcessor"}), "image_processor_type"),
+        (json!({"image_processor_type": "DonutImageProcessor"}), "image_processor_type"),
+        (nougat(json!({"size": {"shortest_edge": 40}})), "size"),
+        (nougat(json!({"do_pad": false})), "size"),
+        (nougat(json!({"do_crop_margin": "yes"})), "do_crop_margin"),
+        (nougat(json!({"do_align_long_axis": 1})), "do_align_long_axis"),
+        (nougat(json!({"do_thumbnail": 0})), "do_thumbnail"),
+        (nougat(json!({"resample": -1})), "resample"),
         (json!({"size": 28}), "image_processor_type"),
         (clip(json!({"size": {"longest_edge": 28}})), "size"),
         (clip(json!({"size": 0})), "size"),

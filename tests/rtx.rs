@@ -92,6 +92,28 @@ fn vila_builds() {
 }
 
 #[test]
+fn nougat_and_mbart_build() {
+    let root = tempfile::tempdir().unwrap();
+    for (dtype, quant) in [("float16", "none"), ("float16", "int4-g16"), ("bfloat16", "int8")] {
+        let output = root.path().join(format!("{dtype}-{quant}"));
+        let flags = ["--dtype", dtype, "--quant", quant, "--vision-quant", quant, "--gpu", "sm89,sm120"];
+        build(&fixture("nougat"), &output, &[&flags[..], &["--max-batch-size", "2"]].concat());
+        assert_eq!(manifest(&output)["targets"]["rtx"]["gpus"], json!(["sm89", "sm120"]));
+        for engine in ["vision/model", "cross/rank0", "decoder/rank0"] {
+            assert!(output.join(format!("{engine}.engine")).is_file(), "{engine}");
+        }
+    }
+    let config = json!({
+        "architectures": ["MBartForConditionalGeneration"], "d_model": 64, "vocab_size": 448, "encoder_layers": 1,
+        "encoder_ffn_dim": 96, "encoder_attention_heads": 4, "decoder_layers": 2, "decoder_ffn_dim": 80,
+        "decoder_attention_heads": 2, "max_position_embeddings": 128, "scale_embedding": true,
+    });
+    let checkpoint = root.path().join("mbart");
+    write_checkpoint(&checkpoint, &config, &random_tensors(&config), DType::Float16, 1);
+    build(&checkpoint, &root.path().join("mbart-engines"), &["--quant", "int4-g16", "--gpu", "sm89,sm120"]);
+}
+
+#[test]
 fn other_shapes_build() {
     let root = tempfile::tempdir().unwrap();
     let changes = [

@@ -54,6 +54,24 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// Sizes of at least 1, at least one of them.
+    pub(crate) fn sizes(&self, key: &str, default: &[usize]) -> Result<Vec<usize>, GraphError> {
+        let Some(found) = self.get(key) else { return Ok(default.to_vec()) };
+        let size = |value: &Value| value.as_u64().filter(|size| (1..=LARGEST).contains(size)).map(|size| size as usize);
+        let sizes = found.as_array().and_then(|list| list.iter().map(size).collect::<Option<Vec<_>>>());
+        let wanted = || self.wrong(key, &format!("a list of whole numbers from 1 to {LARGEST}"), found);
+        sizes.filter(|sizes| !sizes.is_empty()).ok_or_else(wanted)
+    }
+
+    /// Height and width: two sizes, or one for both.
+    pub(crate) fn sides(&self, key: &str, default: usize) -> Result<[usize; 2], GraphError> {
+        match self.get(key) {
+            Some(found) if found.is_array() => <[usize; 2]>::try_from(self.sizes(key, &[])?)
+                .map_err(|_| self.wrong(key, "a height and a width", found)),
+            _ => self.size(key, default).map(|side| [side, side]),
+        }
+    }
+
     pub(crate) fn integer(&self, key: &str) -> Result<Option<i64>, GraphError> {
         self.get(key).map(|found| found.as_i64().ok_or_else(|| self.wrong(key, "a whole number", found))).transpose()
     }

@@ -93,6 +93,13 @@ pub fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute: DType)
             }
             Ok(ty)
         }
+        Op::Roll { axis, by } => {
+            let x = first()?;
+            match x.shape.get(*axis) {
+                Some(Dim::Fixed(size)) if (1..*size).contains(by) => Ok(x.clone()),
+                _ => Err(format!("cannot roll axis {axis} of {x} by {by}")),
+            }
+        }
         Op::Reshape { shape } => {
             let x = first()?;
             if volume(&x.shape) != volume(shape) {
@@ -205,6 +212,19 @@ fn infer_attention(attention: &Attention, inputs: &[&Type]) -> Result<Type, Misf
                 "relative bias `{}` is {shape:?}, wanted [{}, {heads}]",
                 bias.weight.key(),
                 bias.buckets
+            ));
+        }
+    }
+    if let Some(bias) = &attention.window_bias {
+        let plain = attention.extra_inputs() == 0 && attention.mask == Mask::None && attention.relative_bias.is_none();
+        let all = |ty: &Type| ty.shape[1] == Dim::Fixed(bias.places());
+        if !bias.is_sound(heads) || !plain || !all(query) || !all(key) {
+            return Err(format!(
+                "window bias `{}` {:?} does not fit {heads} heads in {:?} windows of side {} over {query}",
+                bias.weight.key(),
+                bias.weight.shape(),
+                bias.grid,
+                bias.side
             ));
         }
     }

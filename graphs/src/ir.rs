@@ -1,5 +1,5 @@
 //! The network IR: nodes in order, each with a path, an op, inputs and a type.
-use crate::{DType, RelativeBias, Rope, Weight};
+use crate::{DType, RelativeBias, Rope, Weight, WindowBias};
 use serde::{Deserialize, Serialize};
 
 /// A dimension whose size is known only when the engine runs.
@@ -193,6 +193,9 @@ pub struct Attention {
     /// Added to the scores by how far key and query are apart (T5).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relative_bias: Option<RelativeBias>,
+    /// Added to the scores by where key and query are in their window (Swin); without a cache, a mask and positions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_bias: Option<WindowBias>,
     /// Slot of the key/value cache (the decoder layer's number).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<usize>,
@@ -292,6 +295,11 @@ pub enum Op {
         axis: usize,
         after: usize,
     },
+    /// The first `by` places of an axis go behind its end.
+    Roll {
+        axis: usize,
+        by: usize,
+    },
     Reshape {
         shape: Vec<Dim>,
     },
@@ -334,6 +342,7 @@ impl Op {
             Op::Concat { .. } => "concat",
             Op::Slice { .. } => "slice",
             Op::Pad { .. } => "pad",
+            Op::Roll { .. } => "roll",
             Op::Reshape { .. } => "reshape",
             Op::Transpose { .. } => "transpose",
             Op::LastToken => "last_token",
@@ -353,7 +362,10 @@ impl Op {
             | Op::Broadcast { weight } => vec![weight],
             Op::QuantizeInput { scale } => scale.iter().collect(),
             Op::Norm { weight, bias, .. } => std::iter::once(weight).chain(bias).collect(),
-            Op::Attention(attention) => attention.relative_bias.iter().map(|bias| &bias.weight).collect(),
+            Op::Attention(Attention { relative_bias, window_bias, .. }) => {
+                let relative = relative_bias.iter().map(|bias| &bias.weight);
+                relative.chain(window_bias.iter().map(|bias| &bias.weight)).collect()
+            }
             _ => Vec::new(),
         }
     }

@@ -15,6 +15,7 @@ mod scope;
 mod text;
 mod verify;
 mod weight;
+mod window;
 
 pub use dtype::DType;
 pub use error::GraphError;
@@ -22,7 +23,7 @@ pub use infer::infer;
 pub use ir::{
     ActivationKind, Attention, Axis, BinaryKind, Cache, Dim, Mask, Network, Node, NodeId, NormKind, Op, Split, Type,
 };
-pub use models::{Aspect, DecoderFacts, Facts, Logits, Model, PictureFacts, Positions, VISION_TOWER};
+pub use models::{Aspect, DecoderFacts, Entry, Facts, Logits, Model, PictureFacts, Positions, VISION_TOWER};
 pub use names::{Coverage, cover};
 pub use relative::RelativeBias;
 pub use rope::{Rope, RopeScaling};
@@ -30,3 +31,4 @@ pub use scope::{CacheInputs, Graph, Heads, Linear, Scope, Tensor};
 pub use text::{parse, print};
 pub use verify::verify;
 pub use weight::{Format, Weight};
+pub use window::WindowBias;

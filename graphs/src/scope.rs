@@ -14,7 +14,7 @@
 use crate::infer::infer;
 use crate::{
     ActivationKind, Attention, BinaryKind, DType, Dim, GraphError, Mask, Network, Node, NodeId, NormKind, Op,
-    RelativeBias, Rope, Split, Type, Weight,
+    RelativeBias, Rope, Split, Type, Weight, WindowBias,
 };
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -194,6 +194,7 @@ impl<'g> Scope<'g> {
             mask: Mask::None,
             rope: None,
             relative_bias: None,
+            window_bias: None,
             cache: None,
             key_lengths: false,
         };
@@ -322,6 +323,11 @@ impl<'g> AttentionLayer<'g> {
         self
     }
 
+    pub fn window_bias(mut self, bias: WindowBias) -> Self {
+        self.attention.window_bias = Some(bias);
+        self
+    }
+
     /// Only the first so many keys of each request count; the last input, and not together with a cache.
     pub fn key_lengths(mut self, lengths: Tensor<'g>) -> Self {
         self.attention.key_lengths = true;
@@ -365,6 +371,11 @@ impl<'g> Tensor<'g> {
 
     pub fn slice(self, axis: usize, start: usize, end: usize) -> Tensor<'g> {
         self.derived(Op::Slice { axis, start, end }, &[])
+    }
+
+    /// The first `by` places of an axis of fixed size moved behind its end.
+    pub fn roll(self, axis: usize, by: usize) -> Tensor<'g> {
+        self.derived(Op::Roll { axis, by }, &[])
     }
 
     /// `after` zeros behind the end of an axis of fixed size.

@@ -127,17 +127,24 @@ fn pictures(args: &EvalPicturesArgs, printer: &Printer) -> Result<(), Failure> {
             .map_err(|error| Failure::new(Exit::Refused, format!("`{}` is no JSON: {error}", path.display())))
     };
     let task = json_file(&args.task)?;
-    let prompt = task.get("prompt").and_then(Value::as_str).unwrap_or_default().to_owned();
+    // A page needs no prompt, which the task must say.
+    let prompt = match task.get("prompt") {
+        Some(Value::Null) => Some(""),
+        Some(found) => found.as_str().filter(|prompt| !prompt.is_empty()),
+        None => None,
+    };
     let max_new_tokens = task.get("maxtok").and_then(Value::as_u64).map(|count| count as usize);
     let references = json_file(&args.references)?;
     let references: Vec<&str> = references.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     let pictures = picture_file(&args.pictures)?;
     let count = pictures.len().min(args.limit.unwrap_or(usize::MAX));
-    if prompt.is_empty() || references.len() != pictures.len() || count == 0 {
-        let message = format!("{} pictures, {} references, prompt `{prompt}`", pictures.len(), references.len());
+    let fits = references.len() == pictures.len() && count > 0;
+    let Some(prompt) = prompt.filter(|_| fits) else {
+        let (pictures, references) = (pictures.len(), references.len());
+        let message = format!("{pictures} pictures, {references} references, prompt `{}`", prompt.unwrap_or_default());
         return Err(Failure::new(Exit::Refused, message)
             .hint(Some("pictures and references must be as many, and the task must hold a prompt".into())));
-    }
+    };
     let mut rows = Vec::new();
     let mut results = Vec::new();
     for quant in &args.quant {
@@ -146,7 +153,7 @@ fn pictures(args: &EvalPicturesArgs, printer: &Printer) -> Result<(), Failure> {
         let bar = printer.progress("Answering", quant, count as u64);
         let (mut exact, mut wrong, mut characters) = (0, 0, 0);
         for (number, (picture, reference)) in std::iter::zip(&pictures, &references).take(count).enumerate() {
-            let ask = Ask { prompt: &prompt, pictures: std::slice::from_ref(picture) };
+            let ask = Ask { prompt, pictures: std::slice::from_ref(picture) };
             let options = AnswerOptions { max_new_tokens, chat: false };
             let (answers, _) = session.answer(&[ask], options, &mut |_, _| {})?;
             let found = answers.first().map(|answer| answer.text.as_str()).unwrap_or_default();

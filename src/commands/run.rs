@@ -12,8 +12,9 @@ pub fn run(args: &RunArgs, printer: &Printer) -> Result<(), Failure> {
     let start = Instant::now();
     let pictures: Vec<Picture> = args.image.iter().map(|path| Picture::open(path)).collect::<Result<_, _>>()?;
     let mut session = open(&EngineDirectory::open(&args.directory)?, args.target)?;
-    let shares = share(args, &session, pictures.len())?;
-    let asks: Vec<Ask> = std::iter::zip(&args.prompt, shares)
+    let prompts = prompts(args, &session)?;
+    let shares = share(&prompts, &session, pictures.len())?;
+    let asks: Vec<Ask> = std::iter::zip(&prompts, shares)
         .map(|(prompt, range)| Ask { prompt, pictures: pictures.get(range).unwrap_or_default() })
         .collect();
     let load_seconds = start.elapsed().as_secs_f64();
@@ -92,13 +93,25 @@ pub(super) fn check_target(directory: &EngineDirectory, target: Target) -> Resul
     Err(Failure::new(Exit::Refused, message).hint(Some(format!("build with --target {wanted}"))))
 }
 
+/// The prompts as given; a model that reads pages takes an empty one for each.
+fn prompts(args: &RunArgs, session: &Session) -> Result<Vec<String>, Failure> {
+    let blank = args.prompt.len() < 2 && args.prompt.iter().all(|prompt| prompt.trim().is_empty());
+    if session.config().reads_pages() && blank && !args.image.is_empty() {
+        return Ok(vec![String::new(); args.image.len()]);
+    }
+    if args.prompt.is_empty() {
+        let hint = "write it behind --prompt";
+        return Err(Failure::new(Exit::Refused, "no prompt is given").hint(Some(hint.into())));
+    }
+    Ok(args.prompt.clone())
+}
+
 /// Which pictures belong to which prompt: by the placeholders that the prompts hold, else all to a single prompt, one to
 /// each, or the same one to all.
-fn share(args: &RunArgs, session: &Session, pictures: usize) -> Result<Vec<std::ops::Range<usize>>, Failure> {
-    let prompts = args.prompt.len();
+fn share(asked: &[String], session: &Session, pictures: usize) -> Result<Vec<std::ops::Range<usize>>, Failure> {
+    let prompts = asked.len();
     let placeholder = session.placeholder();
-    let held: Vec<usize> = args
-        .prompt
+    let held: Vec<usize> = asked
         .iter()
         .map(|prompt| placeholder.as_deref().map_or(0, |placeholder| prompt.matches(placeholder).count()))
         .collect();

@@ -1,7 +1,7 @@
 //! `config.json` of an engine, in TensorRT-LLM's shape (`version`, `pretrained_config`, `build_config`), so that scripts
 //! which read it go on; and the sizes an engine is built for.
 use crate::processor::PromptTemplate;
-use graphs::{Aspect, DType, Facts, Model, Positions};
+use graphs::{Aspect, DType, Entry, Facts, Model, Positions};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
@@ -49,13 +49,21 @@ impl SizeRequest {
     pub fn resolve(&self, facts: &Facts) -> Result<Sizes, SizeError> {
         let features = facts.pictures.map_or(0, |pictures| pictures.features);
         let positions = facts.max_positions;
-        let output = self.max_output_len.unwrap_or((positions / 4).clamp(1, 512));
-        let input = self.max_input_len.unwrap_or((features + TEXT).min(positions.saturating_sub(output)));
+        // A page in the place of a prompt: the decoder starts with one token and writes for as long as it can.
+        let page = facts.pictures.is_some_and(|pictures| pictures.entry == Entry::Source);
+        let output = if page { positions } else { (positions / 4).clamp(1, 512) };
+        let output = self.max_output_len.unwrap_or(output);
+        let input = if page { 1 } else { (features + TEXT).min(positions.saturating_sub(output)) };
+        let input = self.max_input_len.unwrap_or(input);
         let table = self.max_batch_size.saturating_mul(features);
         if self.max_batch_size == 0 || input == 0 || output == 0 {
             return Err(SizeError("sizes must be at least 1".into(), "leave them out to have them derived".into()));
         }
-        if input <= features {
+        if page && output > positions {
+            let message = format!("`max_output_len` {output} exceeds the model's {positions} positions");
+            return Err(SizeError(message, format!("use --max-output-len {positions}")));
+        }
+        if input <= features && !page {
             let message = format!("`max_input_len` {input} leaves no token beside the {features} of a picture");
             return Err(SizeError(message, format!("use at least {}", features + 1)));
         }
@@ -100,6 +108,13 @@ pub struct Multimodal {
     pub image_aspect_ratio: Aspect,
     #[serde(default)]
     pub prompt_template: PromptTemplate,
+    /// Where features go: into the prompt, or to the decoder in the place of what an `encoder` gives.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub entry: Entry,
+}
+
+fn is_default(entry: &Entry) -> bool {
+    *entry == Entry::default()
 }
 
 /// The file; `pretrained_config` keeps keys beyond those the runtime needs.
@@ -152,7 +167,9 @@ impl EngineConfig {
             Positions::Relative => rest["position_embedding_type"] = json!("relative"),
         }
         let prompt_template = match model {
-            Model::Llama(_) | Model::Opt(_) | Model::T5(_) => PromptTemplate::Plain,
+            Model::Llama(_) | Model::Opt(_) | Model::T5(_) | Model::Mbart(_) | Model::Nougat(_) => {
+                PromptTemplate::Plain
+            }
             Model::Llava(_) => PromptTemplate::Llava,
             Model::Blip2(_) => PromptTemplate::Blip2,
             Model::Vila(_) => PromptTemplate::Vila,
@@ -163,6 +180,7 @@ impl EngineConfig {
             num_visual_features: pictures.features,
             image_size: pictures.size,
             image_aspect_ratio: pictures.aspect,
+            entry: pictures.entry,
         });
         let pretrained_config = PretrainedConfig {
             architecture: facts.architecture.into(),
@@ -185,9 +203,14 @@ mod tests {
 
     fn facts(positions: usize) -> Facts {
         let config = json!({ "model_type": "llama", "max_position_embeddings": positions });
-        let pictures =
-            Some(PictureFacts { token_id: Some(32000), features: 576, size: [336, 336], aspect: Aspect::Processor });
-        Facts { pictures, ..Model::from_config(&config).unwrap().facts() }
+        let pictures = PictureFacts {
+            token_id: Some(32000),
+            features: 576,
+            size: [336, 336],
+            aspect: Aspect::Processor,
+            entry: Entry::Prompt,
+        };
+        Facts { pictures: Some(pictures), ..Model::from_config(&config).unwrap().facts() }
     }
 
     #[test]
@@ -196,6 +219,18 @@ mod tests {
         let sizes = request.resolve(&facts(4096)).unwrap();
         assert_eq!((sizes.max_input_len, sizes.max_output_len, sizes.max_seq_len), (1600, 512, 2112));
         assert_eq!(sizes.max_prompt_embedding_table_size, 4 * 576);
+    }
+
+    #[test]
+    fn a_page_leaves_all_positions_to_the_answer() {
+        let whole = facts(4096);
+        let pictures = whole.pictures.map(|pictures| PictureFacts { entry: Entry::Source, ..pictures });
+        let page = Facts { pictures, decoder_start_id: Some(0), ..whole };
+        let one = SizeRequest { max_batch_size: 1, ..SizeRequest::default() };
+        let sizes = one.resolve(&page).unwrap();
+        assert_eq!((sizes.max_input_len, sizes.max_output_len, sizes.max_seq_len), (1, 4096, 4096));
+        let error = SizeRequest { max_output_len: Some(4097), ..one }.resolve(&page).unwrap_err();
+        assert_eq!(error.to_string(), "`max_output_len` 4097 exceeds the model's 4096 positions");
     }
 
     #[test]

@@ -180,6 +180,18 @@ impl<'n, 'w> Lowering<'_, 'n, 'w> {
         self.target.concatenation(&node.path, &[x, zeros], axis).map_err(refused())
     }
 
+    /// Two parts of `x`, the other way round.
+    pub(super) fn roll(&self, node: &Node, axis: usize, by: usize) -> Value<'n> {
+        let x = self.value(node.inputs[0]);
+        let size = node.ty.shape.get(axis).and_then(|dim| dim.fixed()).unwrap_or(by);
+        let part = |name: &str, start, count| {
+            let name = format!("{}/{name}", node.path);
+            self.target.slice(&name, x, axis, start, count).map_err(Self::refused(node))
+        };
+        let parts = [part("behind", by, size - by)?, part("before", 0, by)?];
+        self.target.concatenation(&node.path, &parts, axis).map_err(Self::refused(node))
+    }
+
     /// Repeats a weight over the batch, whose size only the running engine knows.
     pub(super) fn broadcast(&self, node: &Node, weight: &Weight) -> Value<'n> {
         let refused = || Self::refused(node);

@@ -189,6 +189,7 @@ impl<'n> Lowering<'_, 'n, '_> {
                 self.target.slice(path, input(0), *axis, *start, end - start).map_err(layer)
             }
             Op::Pad { axis, after } => self.pad(node, *axis, *after),
+            Op::Roll { axis, by } => self.roll(node, *axis, *by),
             Op::Reshape { shape } => {
                 let from = &self.ty(node.inputs[0]).shape;
                 let size = |(place, dim): (usize, &Dim)| match dim {

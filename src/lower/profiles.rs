@@ -23,11 +23,10 @@ fn limit(axis: Axis, sizes: &Sizes, decode: bool) -> usize {
 /// One list of ranges per profile: prefill and decode where there is a cache. A range (1, (M + 1) / 2, M) is TensorRT-LLM's.
 pub fn profiles(network: &Network, sizes: &Sizes) -> Vec<Vec<ShapeRange>> {
     let caches = network.caches();
-    let of = |axis: Axis| network.inputs().any(|node| node.ty.shape.contains(&axis.into()));
     let kinds: &[bool] = match caches.is_empty() {
         true => &[false],
         // A decoder behind an encoder starts with one token.
-        false if of(Axis::Source) => &[true],
+        false if network.inputs().any(|node| node.path.starts_with("cross_key_")) => &[true],
         false => &[false, true],
     };
     kinds.iter().map(|&decode| profile(network, sizes, decode)).collect()

@@ -26,6 +26,8 @@ pub struct Processor {
     pub text: TextProcessor,
     /// The chat template, where the checkpoint brings one.
     pub chat: Option<ChatTemplate>,
+    /// Tokens of an answer at most, by generation_config.json.
+    pub max_length: Option<usize>,
 }
 
 impl Processor {
@@ -56,8 +58,24 @@ impl Processor {
             image,
             text: TextProcessor::open_parts(folders)?,
             chat: ChatTemplate::open_parts(folders, multimodal)?,
+            max_length: max_length(folders)?,
         })
     }
+}
+
+fn max_length(folders: &[&Path]) -> Result<Option<usize>, ProcessorError> {
+    let generation = read_json(folders, "generation_config.json")?;
+    let Some(value) = generation.as_ref().and_then(|values| values.get("max_length")).filter(|value| !value.is_null())
+    else {
+        return Ok(None);
+    };
+    let length = value.as_u64().and_then(|length| usize::try_from(length).ok()).filter(|length| *length > 0);
+    length.map(Some).ok_or_else(|| ProcessorError::Setting {
+        file: "generation_config.json",
+        setting: "max_length".to_owned(),
+        found: value.to_string(),
+        wanted: "a number above 0".to_owned(),
+    })
 }
 
 /// Where a file lies: in the first folder that has it, else in the first.

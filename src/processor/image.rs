@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::error::ProcessorError;
+use super::page;
 use super::picture::{MAXIMUM_PIXELS, MAXIMUM_SIDE, Picture};
 use super::resize::{Filter, resize};
 
@@ -18,6 +19,14 @@ pub enum Step {
     CenterCrop { height: usize, width: usize },
     /// Centre on a square of the longer side, filled with `fill` (original LLaVA, VILA 1.0).
     PadToSquare { fill: [u8; 3] },
+    /// Cut bright margins off (Nougat).
+    CropMargin,
+    /// Turn a picture that lies across a page of this size.
+    AlignLongAxis { height: usize, width: usize },
+    /// Make smaller what does not fit.
+    Thumbnail { height: usize, width: usize },
+    /// Centre on black; what does not fit is refused.
+    CenterPad { height: usize, width: usize },
 }
 
 /// What size a resize aims at, in pixels.
@@ -54,6 +63,7 @@ enum Kind {
     Clip,
     Blip,
     Siglip,
+    Nougat,
 }
 
 const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
@@ -73,10 +83,11 @@ impl Kind {
             Some("CLIP") => Ok(Self::Clip),
             Some("Blip") => Ok(Self::Blip),
             Some("Siglip") => Ok(Self::Siglip),
+            Some("Nougat") => Ok(Self::Nougat),
             _ => Err(settings.wrong(
                 setting,
                 settings.values.get(setting),
-                "CLIPImageProcessor, BlipImageProcessor or SiglipImageProcessor",
+                "CLIPImageProcessor, BlipImageProcessor, SiglipImageProcessor or NougatImageProcessor",
             )),
         }
     }
@@ -86,6 +97,7 @@ impl Kind {
             Self::Clip => ResizeTo::ShortestEdge(224),
             Self::Blip => exact(384),
             Self::Siglip => exact(224),
+            Self::Nougat => ResizeTo::Exact { height: 896, width: 672 },
         }
     }
 
@@ -93,6 +105,7 @@ impl Kind {
         match self {
             Self::Clip | Self::Blip => Normalization { mean: CLIP_MEAN, std: CLIP_STD },
             Self::Siglip => Normalization { mean: [0.5; 3], std: [0.5; 3] },
+            Self::Nougat => Normalization { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] },
         }
     }
 }
@@ -123,17 +136,7 @@ impl ImageProcessor {
             }
         };
         let kind = Kind::from_settings(&settings)?;
-        let mut steps = Vec::new();
-        if settings.flag("do_resize", true)? {
-            steps.push(Step::Resize { to: settings.resize_to(kind)?, filter: settings.filter()? });
-        }
-        if settings.flag("do_center_crop", kind == Kind::Clip)? {
-            let (height, width) = settings.crop_size()?;
-            steps.push(Step::CenterCrop { height, width });
-        }
-        if settings.flag("do_pad", false)? {
-            return Err(settings.wrong("do_pad", settings.values.get("do_pad"), "false"));
-        }
+        let steps = if kind == Kind::Nougat { settings.page_steps()? } else { settings.steps(kind)? };
         let rescale = match settings.flag("do_rescale", true)? {
             true => Some(settings.number("rescale_factor", 1.0 / 255.0)?),
             false => None,
@@ -184,13 +187,13 @@ impl ImageProcessor {
     /// Height and width of the output in pixels; `None` where they would depend on the picture.
     pub fn size(&self) -> Option<(usize, usize)> {
         match self.steps.last()? {
-            Step::CenterCrop { height, width } => Some((*height, *width)),
+            Step::CenterCrop { height, width } | Step::CenterPad { height, width } => Some((*height, *width)),
             Step::Resize { to: ResizeTo::Exact { height, width }, .. } => Some((*height, *width)),
             Step::Resize { to: ResizeTo::ShortestEdge(side), .. } => {
                 let square = matches!(self.steps.iter().rev().nth(1), Some(Step::PadToSquare { .. }));
                 square.then_some((*side, *side))
             }
-            Step::PadToSquare { .. } => None,
+            Step::PadToSquare { .. } | Step::CropMargin | Step::AlignLongAxis { .. } | Step::Thumbnail { .. } => None,
         }
     }
 
@@ -208,6 +211,10 @@ impl ImageProcessor {
                 }
                 Step::CenterCrop { height, width } => center(&picture, *height, *width, [0; 3]),
                 Step::PadToSquare { fill } => square(&picture, *fill),
+                Step::CropMargin => page::crop_margin(&picture),
+                Step::AlignLongAxis { height, width } => page::align_long_axis(picture, *height, *width),
+                Step::Thumbnail { height, width } => page::thumbnail(&picture, *height, *width)?,
+                Step::CenterPad { height, width } => page::frame(&picture, *height, *width)?,
             };
         }
         Ok(picture)
@@ -363,6 +370,43 @@ impl Settings<'_> {
         }
     }
 
+    fn steps(&self, kind: Kind) -> Result<Vec<Step>, ProcessorError> {
+        let mut steps = Vec::new();
+        if self.flag("do_resize", true)? {
+            steps.push(Step::Resize { to: self.resize_to(kind)?, filter: self.filter(Filter::Bicubic)? });
+        }
+        if self.flag("do_center_crop", kind == Kind::Clip)? {
+            let (height, width) = self.crop_size()?;
+            steps.push(Step::CenterCrop { height, width });
+        }
+        if self.flag("do_pad", false)? {
+            return Err(self.wrong("do_pad", self.values.get("do_pad"), "false"));
+        }
+        Ok(steps)
+    }
+
+    /// Nougat's, all about one size.
+    fn page_steps(&self) -> Result<Vec<Step>, ProcessorError> {
+        let ResizeTo::Exact { height, width } = self.resize_to(Kind::Nougat)? else {
+            return Err(self.wrong("size", self.values.get("size"), "height and width"));
+        };
+        let filter = self.filter(Filter::Bilinear)?;
+        let steps = [
+            ("do_crop_margin", true, Step::CropMargin),
+            ("do_align_long_axis", false, Step::AlignLongAxis { height, width }),
+            ("do_resize", true, Step::Resize { to: ResizeTo::ShortestEdge(height.min(width)), filter }),
+            ("do_thumbnail", true, Step::Thumbnail { height, width }),
+            ("do_pad", true, Step::CenterPad { height, width }),
+        ];
+        let mut wanted = Vec::new();
+        for (flag, default, step) in steps {
+            if self.flag(flag, default)? {
+                wanted.push(step);
+            }
+        }
+        Ok(wanted)
+    }
+
     fn resize_to(&self, kind: Kind) -> Result<ResizeTo, ProcessorError> {
         let Some(value) = self.get("size") else {
             return Ok(kind.default_size());
@@ -371,7 +415,7 @@ impl Settings<'_> {
             let side = self.side("size", value)?;
             return Ok(match kind {
                 Kind::Clip => ResizeTo::ShortestEdge(side),
-                Kind::Blip | Kind::Siglip => exact(side),
+                Kind::Blip | Kind::Siglip | Kind::Nougat => exact(side),
             });
         }
         if let Some((height, width)) = self.height_and_width("size", value)? {
@@ -397,8 +441,8 @@ impl Settings<'_> {
         }
     }
 
-    fn filter(&self) -> Result<Filter, ProcessorError> {
-        self.get("resample").map_or(Ok(Filter::Bicubic), |value| {
+    fn filter(&self, default: Filter) -> Result<Filter, ProcessorError> {
+        self.get("resample").map_or(Ok(default), |value| {
             let filter = value.as_u64().and_then(Filter::from_number);
             filter.ok_or_else(|| self.wrong("resample", Some(value), "one of Pillow's filters, 0 to 5"))
         })

@@ -7,6 +7,7 @@ mod chat;
 mod error;
 mod folder;
 mod image;
+mod page;
 mod picture;
 mod prompt;
 mod resize;

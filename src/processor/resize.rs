@@ -92,9 +92,9 @@ struct Window {
     weights: Vec<i32>,
 }
 
-/// One window per output pixel of a side.
-fn windows(input: usize, output: usize, filter: Filter) -> Vec<Window> {
-    let scale = input as f64 / output as f64;
+/// One window per output pixel of a side, of which the first `extent` of the input's pixels count.
+fn windows(input: usize, extent: f32, output: usize, filter: Filter) -> Vec<Window> {
+    let scale = f64::from(extent) / output as f64;
     let stretch = scale.max(1.0);
     let support = filter.support() * stretch;
     let shrink = 1.0 / stretch;
@@ -124,8 +124,8 @@ fn clip(sum: i32) -> u8 {
 }
 
 /// Resamples each row to `output` pixels.
-fn resample_rows(picture: &Picture, output: usize, filter: Filter) -> Picture {
-    let windows = windows(picture.width, output, filter);
+fn resample_rows(picture: &Picture, extent: f32, output: usize, filter: Filter) -> Picture {
+    let windows = windows(picture.width, extent, output, filter);
     let mut rgb = Vec::with_capacity(output * picture.height * 3);
     for row in picture.rgb.chunks_exact(picture.width * 3) {
         for window in &windows {
@@ -143,11 +143,11 @@ fn resample_rows(picture: &Picture, output: usize, filter: Filter) -> Picture {
 }
 
 /// Resamples each column to `output` pixels, a whole row of sums at a time.
-fn resample_columns(picture: &Picture, output: usize, filter: Filter) -> Picture {
+fn resample_columns(picture: &Picture, extent: f32, output: usize, filter: Filter) -> Picture {
     let stride = picture.width * 3;
     let mut rgb = Vec::with_capacity(stride * output);
     let mut sums = vec![HALF; stride];
-    for window in windows(picture.height, output, filter) {
+    for window in windows(picture.height, extent, output, filter) {
         sums.fill(HALF);
         let rows = picture.rgb.chunks_exact(stride).skip(window.first);
         for (row, weight) in rows.zip(&window.weights) {
@@ -193,9 +193,51 @@ pub fn resize(picture: &Picture, width: usize, height: usize, filter: Filter) ->
     if filter == Filter::Nearest {
         return nearest(picture, width, height);
     }
-    let by_rows = |picture: &Picture| resample_rows(picture, width, filter);
-    let by_columns = |picture: &Picture| resample_columns(picture, height, filter);
-    match (picture.width == width, picture.height == height) {
+    resample(picture, width, height, filter, [picture.width as f32, picture.height as f32])
+}
+
+/// As [`resize`], but where the picture is more than `gap` times too large, boxes of pixels are averaged first, as
+/// Pillow does it with its `reducing_gap`.
+pub(super) fn resize_reducing(picture: &Picture, width: usize, height: usize, filter: Filter, gap: f64) -> Picture {
+    let factor = |from: usize, to: usize| ((from as f64 / to as f64 / gap) as usize).max(1);
+    let (across, down) = (factor(picture.width, width), factor(picture.height, height));
+    if filter == Filter::Nearest || (across, down) == (1, 1) {
+        return resize(picture, width, height, filter);
+    }
+    // The last box may reach beyond the picture: only a part of what it became counts.
+    let extent = |side: usize, factor: usize| (side as f64 / factor as f64) as f32;
+    let extents = [extent(picture.width, across), extent(picture.height, down)];
+    resample(&reduce(picture, across, down), width, height, filter, extents)
+}
+
+/// Pillow's `Image.reduce`: the mean of each box, in its 24-bit fixed point; boxes at the end may be smaller.
+fn reduce(picture: &Picture, across: usize, down: usize) -> Picture {
+    let (width, height) = (picture.width.div_ceil(across), picture.height.div_ceil(down));
+    let mut rgb = Vec::with_capacity(width * height * 3);
+    for (y, x) in (0..height).flat_map(|y| (0..width).map(move |x| (y * down, x * across))) {
+        let (rows, columns) = (down.min(picture.height - y), across.min(picture.width - x));
+        let count = (rows * columns) as u32;
+        let mut sums = [count / 2; 3];
+        for row in y..y + rows {
+            let start = (row * picture.width + x) * 3;
+            for pixel in picture.rgb[start..start + columns * 3].chunks_exact(3) {
+                std::iter::zip(&mut sums, pixel).for_each(|(sum, value)| *sum = sum.wrapping_add(u32::from(*value)));
+            }
+        }
+        // A quotient of f32, which is what C makes of it.
+        let multiplier = ((1u64 << 32) as f32 / count.wrapping_shl(8) as f32) as u32;
+        rgb.extend(sums.map(|sum| (sum.wrapping_mul(multiplier) >> 24) as u8));
+    }
+    Picture { width, height, rgb }
+}
+
+/// The first `extents` pixels (columns, rows) of the picture at another size.
+fn resample(picture: &Picture, width: usize, height: usize, filter: Filter, extents: [f32; 2]) -> Picture {
+    let by_rows = |picture: &Picture| resample_rows(picture, extents[0], width, filter);
+    let by_columns = |picture: &Picture| resample_columns(picture, extents[1], height, filter);
+    let whole = |side: usize, wanted: usize, extent: f32| side == wanted && extent == wanted as f32;
+    match (whole(picture.width, width, extents[0]), whole(picture.height, height, extents[1])) {
+        (true, true) => picture.clone(),
         (true, _) => by_columns(picture),
         (false, true) => by_rows(picture),
         (false, false) if columns_first(picture, width, height) => by_rows(&by_columns(picture)),
@@ -219,7 +261,7 @@ mod tests {
     fn windows_stay_inside_and_sum_to_one() {
         for filter in [Filter::Box, Filter::Bilinear, Filter::Bicubic, Filter::Lanczos, Filter::Hamming] {
             for (input, output) in [(1, 7), (7, 1), (53, 28), (28, 53), (640, 3)] {
-                let windows = windows(input, output, filter);
+                let windows = windows(input, input as f32, output, filter);
                 assert_eq!(windows.len(), output);
                 for window in windows {
                     assert!(window.first + window.weights.len() <= input);

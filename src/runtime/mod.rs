@@ -9,6 +9,7 @@ pub use tensorrt::{Tensorrt, Work, layers};
 
 use crate::engine_dir::{EngineConfig, Sizes};
 use crate::processor::ProcessorError;
+use graphs::Entry;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use thiserror::Error;
@@ -29,6 +30,10 @@ pub enum RuntimeError {
     NoVision,
     #[error("pictures are prepared as {found:?} pixels (height, width), the engine takes {wanted:?}")]
     PictureSize { found: [usize; 2], wanted: [usize; 2] },
+    #[error("a request has {found} pictures, this model reads exactly one")]
+    OnePicture { found: usize },
+    #[error("the prompt `{prompt}` was given, this model reads pictures only")]
+    NoPrompt { prompt: String },
     #[error("the checkpoint has no chat template")]
     NoChatTemplate,
     #[error(transparent)]
@@ -67,6 +72,8 @@ impl RuntimeError {
             RuntimeError::PictureSize { .. } => {
                 Some("preprocessor_config.json and config.json do not belong together".into())
             }
+            RuntimeError::OnePicture { .. } => Some("give each page as a picture of its own with --image".into()),
+            RuntimeError::NoPrompt { .. } => Some("leave --prompt out".into()),
             RuntimeError::NoChatTemplate => Some("leave --chat out".into()),
             RuntimeError::Processor(error) => error.hint(),
             RuntimeError::Directory(error) => error.hint(),
@@ -97,7 +104,8 @@ pub trait Executor {
     /// More pictures than the engine takes, or a failure of the engine.
     fn see(&mut self, pixels: &[f32], count: usize) -> Result<(), RuntimeError>;
 
-    /// Starts a batch and gives the first new token of each prompt.
+    /// Starts a batch and gives the first new token of each prompt. A model that reads pictures in the place of prompts
+    /// takes the one at the same place among those seen last; such a prompt only counts.
     ///
     /// # Errors
     /// Prompts that the engine does not take, or a failure of the engine.
@@ -141,6 +149,11 @@ fn check_prompts(sizes: &Sizes, prompts: &[Vec<i32>]) -> Result<(), RuntimeError
 }
 
 impl EngineConfig {
+    /// Whether a request is a picture and no prompt.
+    pub fn reads_pages(&self) -> bool {
+        self.pretrained_config.multimodal.is_some_and(|multimodal| multimodal.entry == Entry::Source)
+    }
+
     /// Prompt table rows of one picture, where the table has room for so many.
     fn check_pictures(&self, count: usize) -> Result<usize, RuntimeError> {
         let features = self.pretrained_config.multimodal.ok_or(RuntimeError::NoVision)?.num_visual_features;

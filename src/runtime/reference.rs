@@ -28,13 +28,14 @@ pub struct Reference {
     outputs: BTreeMap<String, Array>,
 }
 
-/// The encoder of an encoder-decoder model.
+/// What an encoder-decoder model's decoder reads.
 struct Source {
-    encoder: Interpreter,
+    /// None where pictures are what is read.
+    encoder: Option<Interpreter>,
     cross: Interpreter,
     /// What the decoder starts with.
     start_id: i32,
-    /// What the decoder reads of the prompts at every step.
+    /// What the decoder reads of the prompts or pictures at every step.
     read: BTreeMap<String, Array>,
     /// Other results of reading: the encoder's output, and what was marked.
     shown: BTreeMap<String, Array>,
@@ -43,20 +44,34 @@ struct Source {
 impl Source {
     /// Reads prompts `[batch, source]` of which `lengths` tokens count.
     fn read(&mut self, ids: Array, lengths: &[i32], table: Array) -> Result<(), RuntimeError> {
-        let lengths = Array::int([lengths.len()], lengths.to_vec());
+        let Some(encoder) = &self.encoder else { return self.look(lengths.len(), table) };
+        let (batch, tokens) = (lengths.len(), ids.len() / lengths.len().max(1));
+        let lengths = Array::int([batch], lengths.to_vec());
         let inputs = BTreeMap::from([
             ("input_ids", ids),
+            ("position_ids", Array::int([batch, tokens], (0..tokens as i32).collect::<Vec<_>>().repeat(batch))),
             ("source_lengths", lengths.clone()),
             ("prompt_embedding_table", table),
         ]);
-        let mut none = Caches::new(self.encoder.network(), 0, 0);
-        let encoded = self.encoder.run(&inputs, &mut none, None)?;
+        let mut none = Caches::new(encoder.network(), 0, 0);
+        let encoded = encoder.run(&inputs, &mut none, None)?;
         let crossed = self.cross.run(&encoded, &mut none, None)?;
         let (read, marked): (BTreeMap<_, _>, BTreeMap<_, _>) =
             crossed.into_iter().partition(|(name, _)| name.starts_with("cross_"));
         (self.read, self.shown) = (read, encoded);
         self.shown.extend(marked);
         self.read.insert("source_lengths".into(), lengths);
+        Ok(())
+    }
+
+    /// Takes the pictures that were seen last, one for each request: all their features.
+    fn look(&mut self, requests: usize, table: Array) -> Result<(), RuntimeError> {
+        let [rows, hidden] = table.shape[..] else {
+            return Err(RuntimeError::Inconsistent { what: "vision network".into() });
+        };
+        let features = Array { shape: vec![requests, rows / requests.max(1), hidden], data: table.data };
+        let mut none = Caches::new(self.cross.network(), 0, 0);
+        self.read = self.cross.run(&BTreeMap::from([("encoder_output", features)]), &mut none, None)?;
         Ok(())
     }
 }
@@ -113,8 +128,9 @@ impl Reference {
         let hidden = config.pretrained_config.hidden_size;
         let caches = Caches::new(language.network(), 0, 0);
         let table = Array::float([1, hidden], vec![0.0; hidden]);
+        let pages = config.reads_pages();
         let source = match (encoder, cross, config.pretrained_config.decoder_start_token_id) {
-            (Some(encoder), Some(cross), Some(start)) => {
+            (encoder, Some(cross), Some(start)) if encoder.is_some() || pages => {
                 Some(Source { encoder, cross, start_id: start as i32, read: BTreeMap::new(), shown: BTreeMap::new() })
             }
             (None, None, _) => None,
@@ -128,7 +144,7 @@ impl Reference {
     pub fn with_collective(self, collective: &Arc<dyn Collective>) -> Reference {
         let with = |interpreter: Interpreter| interpreter.with_collective(collective.clone());
         let source =
-            self.source.map(|source| Source { encoder: with(source.encoder), cross: with(source.cross), ..source });
+            self.source.map(|source| Source { encoder: source.encoder.map(with), cross: with(source.cross), ..source });
         Reference { language: with(self.language), source, ..self }
     }
 

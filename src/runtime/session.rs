@@ -15,7 +15,7 @@ pub struct Ask<'a> {
 
 #[derive(Clone, Copy, Debug)]
 pub struct AnswerOptions {
-    /// As many as the engine makes where nothing is asked for.
+    /// As many as the checkpoint's generation config names and the engine makes, where nothing is asked for.
     pub max_new_tokens: Option<usize>,
     /// Put the prompt into the checkpoint's chat template.
     pub chat: bool,
@@ -99,7 +99,7 @@ impl Session {
         on_text: &mut dyn FnMut(usize, &str),
     ) -> Result<Vec<Answer>, RuntimeError> {
         let limit = self.config.build_config.max_output_len;
-        let wanted = options.max_new_tokens.unwrap_or(limit);
+        let wanted = options.max_new_tokens.unwrap_or_else(|| self.usual_length().min(limit));
         if wanted > limit {
             return Err(RuntimeError::TooManyTokens { found: wanted, limit });
         }
@@ -158,6 +158,14 @@ impl Session {
         generated.into_iter().map(answer).collect()
     }
 
+    /// New tokens of an answer by the generation config, which counts the token that a decoder starts with. Without an
+    /// encoder it counts the prompt too, and what it says there is hardly ever meant.
+    fn usual_length(&self) -> usize {
+        let length =
+            self.processor.max_length.filter(|_| self.config.pretrained_config.decoder_start_token_id.is_some());
+        length.map_or(usize::MAX, |length| length.saturating_sub(1))
+    }
+
     fn prompt(&self, ask: &Ask<'_>, first_picture: usize, chat: bool) -> Result<Vec<i32>, RuntimeError> {
         let config = &self.config.pretrained_config;
         let multimodal = config.multimodal;
@@ -169,6 +177,13 @@ impl Session {
             maximum_length: Some(self.config.build_config.max_input_len),
         };
         let pictures = ask.pictures.len();
+        if self.config.reads_pages() && !chat {
+            return match (ask.prompt.trim(), pictures) {
+                ("", 1) => Ok(config.decoder_start_token_id.iter().map(|&id| id as i32).collect()),
+                ("", found) => Err(RuntimeError::OnePicture { found }),
+                _ => Err(RuntimeError::NoPrompt { prompt: ask.prompt.to_owned() }),
+            };
+        }
         let (prompt, add_special_tokens) = match (&self.processor.chat, chat) {
             (_, false) => (ask.prompt.to_owned(), true),
             (Some(template), true) => template.render(&[ChatMessage { role: "user", text: ask.prompt, pictures }])?,

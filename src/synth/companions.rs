@@ -1,6 +1,6 @@
 //! The files around the weights: configs, and a tokenizer of bytes that stands in for the model's own.
 use super::SynthError;
-use graphs::{Facts, PictureFacts};
+use graphs::{Entry, Facts, PictureFacts};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -21,7 +21,11 @@ pub(super) fn files(config: &Value, facts: &Facts, parts: &[(&str, &str)]) -> Re
     if let Some(pictures) = facts.pictures {
         let vision = config.get("vision_tower_cfg").or(config.get("vision_config"));
         let siglip = vision.and_then(|vision| vision.get("model_type")) == Some(&json!("siglip_vision_model"));
-        let settings = if siglip { siglip_settings(pictures) } else { clip_settings(pictures) };
+        let settings = match (pictures.entry, siglip) {
+            (Entry::Source, _) => page_settings(pictures),
+            (Entry::Prompt, true) => siglip_settings(pictures),
+            (Entry::Prompt, false) => clip_settings(pictures),
+        };
         files.push((place("vision_tower_cfg", "preprocessor_config.json"), settings));
     }
     for (key, _) in parts {
@@ -29,6 +33,17 @@ pub(super) fn files(config: &Value, facts: &Facts, parts: &[(&str, &str)]) -> Re
     }
     files.push(("config.json".to_owned(), config.clone()));
     Ok(files)
+}
+
+fn page_settings(pictures: PictureFacts) -> Value {
+    let [height, width] = pictures.size;
+    json!({
+        "image_processor_type": "NougatImageProcessor",
+        "do_crop_margin": true, "do_align_long_axis": false, "do_thumbnail": true, "do_pad": true,
+        "do_resize": true, "size": { "height": height, "width": width }, "resample": 2,
+        "do_rescale": true, "rescale_factor": 1.0 / 255.0,
+        "do_normalize": true, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+    })
 }
 
 fn siglip_settings(pictures: PictureFacts) -> Value {
@@ -153,7 +168,7 @@ impl Tokens {
 
 /// A key of the language part, else of the whole config; null counts as missing.
 fn value_of<'c>(config: &'c Value, key: &str) -> Option<&'c Value> {
-    let parts = [config.get("text_config"), config.get("llm_cfg"), Some(config)];
+    let parts = [config.get("text_config"), config.get("llm_cfg"), config.get("decoder"), Some(config)];
     parts.into_iter().flatten().filter_map(|part| part.get(key)).find(|value| !value.is_null())
 }
 

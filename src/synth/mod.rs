@@ -29,7 +29,7 @@ pub enum SynthError {
     Occupied { path: PathBuf },
     #[error("weights cannot be drawn as {0}, wanted float16, bfloat16 or float32")]
     DType(DType),
-    #[error("the config has no `num_hidden_layers` of its language part that could be set to {0}")]
+    #[error("the config has no `num_hidden_layers` or `decoder_layers` of its language part that could be set to {0}")]
     Layers(usize),
     #[error("a vocabulary of {found} is too small for a tokenizer of bytes, which takes {wanted}")]
     Vocabulary { found: usize, wanted: usize },
@@ -122,13 +122,15 @@ fn resolve(order: &Order) -> Result<(Value, Model), SynthError> {
     let mut config = order.config.clone();
     set_dtype(&mut config, order.dtype);
     if let Some(layers) = order.layers {
-        let nested = ["text_config", "llm_cfg"].into_iter().find(|key| config.get(key).is_some_and(Value::is_object));
+        let nested =
+            ["text_config", "llm_cfg", "decoder"].into_iter().find(|key| config.get(key).is_some_and(Value::is_object));
         let language = match nested {
             Some(key) => config.get_mut(key),
             None => Some(&mut config),
         };
         if let Some(keys) = language.and_then(Value::as_object_mut) {
-            keys.insert("num_hidden_layers".into(), json!(layers));
+            let key = if keys.contains_key("decoder_layers") { "decoder_layers" } else { "num_hidden_layers" };
+            keys.insert(key.into(), json!(layers));
         }
     }
     let model = Model::from_config(&config)?;

@@ -6,7 +6,7 @@ use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 
 /// Name, and config.json as on the hub.
-const SHAPES: [(&str, &str); 12] = [
+const SHAPES: [(&str, &str); 13] = [
     // llava-hf/llava-1.5-7b-hf
     ("llava-1.5-7b", include_str!("shapes/llava-1.5-7b.json")),
     // llava-hf/llava-1.5-13b-hf
@@ -31,6 +31,8 @@ const SHAPES: [(&str, &str); 12] = [
     ("blip2-flan-t5-xl", include_str!("shapes/blip2-flan-t5-xl.json")),
     // Salesforce/blip2-opt-2.7b
     ("blip2-opt-2.7b", include_str!("shapes/blip2-opt-2.7b.json")),
+    // facebook/nougat-base
+    ("nougat-base", include_str!("shapes/nougat-base.json")),
 ];
 
 /// The config of a known shape, of a config.json, or of the folder of one. A known name wins over a path, as runs leave
@@ -99,6 +101,8 @@ mod tests {
             ("flan-t5-xl", 2849),
             ("blip2-flan-t5-xl", 3942),
             ("blip2-opt-2.7b", 3744),
+            // A file of 1.4 GB in float32.
+            ("nougat-base", 348),
         ];
         assert_eq!(found, wanted);
     }

@@ -1,7 +1,7 @@
-//! What decoder-only language networks have in common: the inputs that the runtime feeds, and the embedded prompt.
+//! What decoders have in common: the inputs that the runtime feeds, and the embedded prompt.
 use crate::{Axis, CacheInputs, DType, Graph, Logits, Scope, Tensor, Type};
 
-/// Inputs of every decoder-only language network, int32: `input_ids`, `position_ids` `[batch, tokens]`; `past_lengths`,
+/// Inputs of every decoder-only language network and of mBART's decoder, int32: `input_ids`, `position_ids` `[batch, tokens]`; `past_lengths`,
 /// `sequence_lengths` `[batch]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Inputs<'g> {

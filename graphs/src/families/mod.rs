@@ -1,8 +1,10 @@
 //! Model families: each file writes the layers of one architecture in the DSL.
 pub mod clip;
 mod decoder;
+pub mod donut_swin;
 pub mod eva;
 pub mod llama;
+pub mod mbart;
 pub mod opt;
 pub mod projector;
 pub mod qformer;

@@ -2,13 +2,32 @@
 use super::Slot;
 use super::array::Array;
 use super::matmul::multiply;
-use crate::{Attention, Mask, RelativeBias};
+use crate::{Attention, Mask, RelativeBias, WindowBias};
 use rayon::prelude::*;
 
 type Result<T> = std::result::Result<T, String>;
 
-/// A relative bias with its table's values.
-type Bias<'b> = Option<(&'b RelativeBias, &'b [f32])>;
+/// What is added to the scores, with its table's values.
+#[derive(Clone, Copy)]
+pub(super) enum Bias<'b> {
+    None,
+    Distance(&'b RelativeBias, &'b [f32]),
+    Window(&'b WindowBias, &'b [f32]),
+}
+
+impl Bias<'_> {
+    /// For head `head` of `heads` and two places.
+    fn of(self, (head, heads): (usize, usize), query: usize, key: usize) -> f32 {
+        match self {
+            Bias::None => 0.0,
+            Bias::Distance(bias, table) => table[bias.bucket(key as i64 - query as i64) * heads + head],
+            Bias::Window(bias, table) => {
+                let each = heads / bias.windows();
+                table[bias.row(query, key) * each + head % each] + bias.wall(head / each, query, key)
+            }
+        }
+    }
+}
 
 /// `[batch, tokens, heads * dim]` to `[batch, heads, tokens, dim]`.
 fn by_head(x: &Array, heads: usize, dim: usize) -> Result<Vec<f32>> {
@@ -134,10 +153,9 @@ fn mix(attention: &Attention, query: &Array, qkv: [&[f32]; 3], extent: Extent<'_
             for (token, scores) in scores.chunks_exact_mut(used.max(1)).enumerate() {
                 let seen = if causal { past + token + 1 } else { used };
                 scores.iter_mut().for_each(|score| *score *= attention.scale);
-                if let Some((bias, table)) = bias {
+                if !matches!(bias, Bias::None) {
                     for (key, score) in scores.iter_mut().enumerate() {
-                        let bucket = bias.bucket(key as i64 - (past + token) as i64);
-                        *score += table[bucket * heads + head];
+                        *score += bias.of((head, heads), past + token, key);
                     }
                 }
                 softmax(scores, seen);

@@ -195,6 +195,13 @@ pub(super) fn pad(x: &Array, axis: usize, after: usize) -> Result {
     Ok(Array::float(shape, data))
 }
 
+pub(super) fn roll(x: &Array, axis: usize, by: usize) -> Result {
+    let inner: usize = x.shape[axis + 1..].iter().product();
+    let mut data = x.floats()?.to_vec();
+    data.chunks_exact_mut((x.shape[axis] * inner).max(1)).for_each(|row| row.rotate_left(by * inner));
+    Ok(Array::float(x.shape.clone(), data))
+}
+
 pub(super) fn transpose(x: &Array, permutation: &[usize]) -> Result {
     let rank = x.shape.len();
     let mut strides = vec![1; rank];

@@ -10,6 +10,7 @@ mod matmul;
 
 use crate::{Axis, Cache, DType, Dim, Network, Node, NodeId, Op, Weight};
 pub use array::{Array, Data};
+use attention::Bias;
 pub use collective::{Collective, Group, Member};
 use rayon::prelude::*;
 use std::borrow::Borrow;
@@ -210,8 +211,11 @@ impl Interpreter {
             }
             Op::Binary { kind } => kernels::binary(x, inputs[1], *kind),
             Op::Attention(attention) => {
-                let bias = attention.relative_bias.as_ref();
-                let bias = bias.map(|bias| self.weight(&bias.weight).map(|table| (bias, table))).transpose()?;
+                let bias = match (&attention.relative_bias, &attention.window_bias) {
+                    (Some(bias), _) => Bias::Distance(bias, self.weight(&bias.weight)?),
+                    (None, Some(bias)) => Bias::Window(bias, self.weight(&bias.weight)?),
+                    (None, None) => Bias::None,
+                };
                 match attention.cache {
                     None => attention::plain(attention, inputs, bias),
                     Some(slot) => {
@@ -228,6 +232,7 @@ impl Interpreter {
             Op::Concat { axis } => kernels::concat(inputs, *axis),
             Op::Slice { axis, start, end } => kernels::slice(x, *axis, *start, *end),
             Op::Pad { axis, after } => kernels::pad(x, *axis, *after),
+            Op::Roll { axis, by } => kernels::roll(x, *axis, *by),
             Op::Reshape { shape } => {
                 let size = |dim: &Dim| match dim {
                     Dim::Fixed(size) => Ok(*size),

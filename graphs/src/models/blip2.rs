@@ -1,6 +1,6 @@
 //! BLIP-2: EVA's features through a Q-Former into a language model's prompt (Li et al. 2023, arXiv 2301.12597).
 //! Names and semantics of `transformers/models/blip_2/modeling_blip_2.py`.
-use super::{Alias, Aspect, Facts, Logits, PictureFacts};
+use super::{Alias, Aspect, Entry, Facts, Logits, PictureFacts};
 use crate::config::Keys;
 use crate::families::{eva::Eva, opt::Opt, qformer::Qformer, t5::T5};
 use crate::{Axis, DType, Graph, GraphError, Network, Type};
@@ -151,6 +151,7 @@ impl Blip2 {
             features: self.queries,
             size: [size, size],
             aspect: Aspect::Processor,
+            entry: Entry::Prompt,
         }
     }
 

@@ -1,6 +1,6 @@
 //! LLaVA-1.5: CLIP features through a projector into LLaMA's prompt (Liu et al. 2023, arXiv 2310.03744).
 //! Names and semantics of `transformers/models/llava/modeling_llava.py`.
-use super::{Alias, Aspect, Logits, PictureFacts};
+use super::{Alias, Aspect, Entry, Logits, PictureFacts};
 use crate::config::Keys;
 use crate::families::{clip, llama::Llama, projector::Projector, vit::Vit};
 use crate::{Axis, DType, Graph, GraphError, Network, Type};
@@ -102,6 +102,7 @@ impl Llava {
             features: self.vision.patches() + class,
             size: [size, size],
             aspect: Aspect::Processor,
+            entry: Entry::Prompt,
         }
     }
 

@@ -1,13 +1,15 @@
 //! Models: which family feeds which, and the one list from `architectures` to a model.
 mod blip2;
 mod llava;
+mod nougat;
 mod vila;
 
 use crate::config::Keys;
-use crate::families::{llama::Llama, opt::Opt, t5::T5};
+use crate::families::{donut_swin::DonutSwin, llama::Llama, mbart::Mbart, opt::Opt, t5::T5};
 use crate::{ActivationKind, DType, Graph, GraphError, Heads, Network};
 pub use blip2::{Blip2, Blip2Language};
 pub use llava::Llava;
+pub use nougat::Nougat;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 pub use vila::Vila;
@@ -26,9 +28,11 @@ pub enum Model {
     Llama(Llama),
     Opt(Opt),
     T5(T5),
+    Mbart(Mbart),
     Llava(Llava),
     Blip2(Blip2),
     Vila(Vila),
+    Nougat(Nougat),
 }
 
 /// What the runtime and the engine directory must know of a model besides its networks.
@@ -79,6 +83,18 @@ pub struct PictureFacts {
     /// Height and width of the vision network's input, in pixels.
     pub size: [usize; 2],
     pub aspect: Aspect,
+    pub entry: Entry,
+}
+
+/// Where a picture's features go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Entry {
+    /// Into the prompt, as rows of the prompt table.
+    #[default]
+    Prompt,
+    /// To the decoder of an encoder-decoder model, in the place of a text that was read: one picture for each request.
+    Source,
 }
 
 /// What becomes of a picture that is not square, before the checkpoint's image processor sees it (`image_aspect_ratio`).
@@ -120,6 +136,13 @@ impl Model {
             (Some("LlamaForCausalLM"), _) | (None, "llama") => Ok(Model::Llama(Llama::from_config(&keys)?)),
             (Some("OPTForCausalLM"), _) | (None, "opt") => Ok(Model::Opt(Opt::from_config(&keys)?)),
             (Some("T5ForConditionalGeneration"), _) | (None, "t5") => Ok(Model::T5(T5::from_config(&keys)?)),
+            (Some("MBartForConditionalGeneration"), _) | (None, "mbart") => {
+                Ok(Model::Mbart(Mbart::from_config(&keys, true)?))
+            }
+            (Some("MBartForCausalLM"), _) => Ok(Model::Mbart(Mbart::from_config(&keys, false)?)),
+            (Some("VisionEncoderDecoderModel"), _) | (None, "vision-encoder-decoder") => {
+                Ok(Model::Nougat(Nougat::from_config(&keys)?))
+            }
             (Some("LlavaForConditionalGeneration"), _) | (None, "llava") => {
                 Ok(Model::Llava(Llava::from_config(&keys)?))
             }
@@ -155,9 +178,10 @@ impl Model {
     /// Prefix of the canonical names of the language part, where a model has others too.
     pub fn language_prefix(&self) -> &'static str {
         match self {
-            Model::Llama(_) | Model::Opt(_) | Model::T5(_) => "",
+            Model::Llama(_) | Model::Opt(_) | Model::T5(_) | Model::Mbart(_) => "",
             Model::Llava(_) | Model::Blip2(_) => "language_model.",
             Model::Vila(_) => "llm.",
+            Model::Nougat(_) => "decoder.",
         }
     }
 
@@ -175,6 +199,8 @@ impl Model {
             Model::Llama(llama) => vec![alone(&|graph| llama.write(graph, &graph.scope(""), false, logits))?],
             Model::Opt(opt) => vec![alone(&|graph| opt.write(graph, &graph.scope(""), false, logits))?],
             Model::T5(t5) => t5.networks(dtype, "", false, logits)?,
+            Model::Mbart(mbart) => mbart.networks(dtype, logits)?,
+            Model::Nougat(nougat) => nougat.networks(dtype, logits)?,
             Model::Llava(llava) => vec![llava.vision(dtype)?, llava.language(dtype, logits)?],
             Model::Blip2(blip2) => blip2.networks(dtype, logits)?,
             Model::Vila(vila) => vec![vila.vision(dtype)?, vila.language(dtype, logits)?],
@@ -188,6 +214,8 @@ impl Model {
             Model::Llama(llama) => llama.facts(),
             Model::Opt(opt) => opt.facts(),
             Model::T5(t5) => t5.facts(),
+            Model::Mbart(mbart) => mbart.facts(),
+            Model::Nougat(nougat) => nougat.facts(),
             Model::Llava(llava) => Facts {
                 architecture: "LlavaForConditionalGeneration",
                 model_type: "llava",
@@ -216,6 +244,8 @@ impl Model {
             Model::Opt(_) => &[("model.decoder.", "decoder.")],
             Model::Llava(_) => llava::ALIASES,
             Model::T5(_) => T5::ALIASES,
+            Model::Mbart(_) => Mbart::ALIASES,
+            Model::Nougat(_) => nougat::ALIASES,
             Model::Blip2(blip2) => blip2.language.aliases(),
             Model::Vila(_) => vila::ALIASES,
         }
@@ -228,6 +258,8 @@ impl Model {
             Model::Llama(llama) => (llama.tied, "lm_head.weight", false),
             Model::Opt(opt) => (opt.tied, "lm_head.weight", false),
             Model::T5(_) => (false, "", T5::ignores(name)),
+            Model::Mbart(mbart) => (false, "", mbart.ignores(name)),
+            Model::Nougat(_) => (false, "", DonutSwin::ignores(name)),
             Model::Llava(llava) => (llava.language.tied, "language_model.lm_head.weight", llava.ignores(name)),
             Model::Vila(vila) => (vila.language.tied, "llm.lm_head.weight", vila.ignores(name)),
             Model::Blip2(blip2) => (blip2.language.tied(), "language_model.lm_head.weight", Blip2::ignores(name)),

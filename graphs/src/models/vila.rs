@@ -3,7 +3,7 @@
 //! LLaVA's own layout is VILA 1.0's without the vision tower, which it takes from a folder of its own.
 //! Names and semantics of the VILA sources, `llava/model/llava_arch.py` of tag v1.0 and of branch vila1.5.
 use super::llava::{feature_layers, never_runs};
-use super::{Alias, Aspect, Logits, PictureFacts};
+use super::{Alias, Aspect, Entry, Logits, PictureFacts};
 use crate::config::Keys;
 use crate::families::{clip, llama::Llama, siglip, vila_projector::VilaProjector, vit::Vit};
 use crate::{Axis, DType, Graph, GraphError, Network, Scope, Tensor, Type};
@@ -113,7 +113,7 @@ impl Vila {
     pub(super) fn picture_facts(&self) -> PictureFacts {
         let size = self.vision.image_size;
         let features = self.projector.rows(self.vision.side());
-        PictureFacts { token_id: None, features, size: [size, size], aspect: self.aspect }
+        PictureFacts { token_id: None, features, size: [size, size], aspect: self.aspect, entry: Entry::Prompt }
     }
 
     /// SigLIP's pooling head and CLIP's text side, besides what no vision tower runs.

@@ -83,9 +83,36 @@ impl Fixture {
     }
 
     pub(crate) fn golden_ints(&self, name: &str) -> Vec<i32> {
-        let golden = SafeTensors::deserialize(&self.golden).unwrap();
-        let data = golden.tensor(name).unwrap().data();
-        data.chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap()) as i32).collect()
+        ints(&self.golden, name)
+    }
+
+    /// An int64 tensor of the weights' only file.
+    pub(crate) fn ints(&self, name: &str) -> Vec<i32> {
+        ints(&self.files[0].1, name)
+    }
+}
+
+fn ints(file: &[u8], name: &str) -> Vec<i32> {
+    let file = SafeTensors::deserialize(file).unwrap();
+    let data = file.tensor(name).unwrap().data();
+    data.chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap()) as i32).collect()
+}
+
+/// Weights by their names alone, for models of which there is no file.
+pub(crate) struct Drawn;
+
+impl Values for Drawn {
+    fn values(&self, weight: &Weight) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> {
+        let key = weight.key();
+        let mut state =
+            key.bytes().fold(0x9E37_79B9u32, |state, byte| (state ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+        let scale = 1.5 / (*weight.shape().last().unwrap() as f32).sqrt();
+        let middle = if key.ends_with("norm.weight") { 1.0 } else { 0.0 };
+        let mut draw = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (f32::from((state >> 16) as u16) / 32768.0 - 1.0) * scale + middle
+        };
+        Ok((0..weight.count()).map(|_| draw()).collect())
     }
 }
 

@@ -1,7 +1,7 @@
-//! Additive masks of attention: what a query must not see, and T5's bias by distance.
+//! Additive masks of attention: what a query must not see, T5's bias by distance, Swin's by place in a window.
 use super::Value;
 use crate::lower::{LowerError, Lowering};
-use graphs::{Attention, DType, Node, NodeId, RelativeBias};
+use graphs::{Attention, DType, Node, NodeId, RelativeBias, WindowBias};
 use tensorrt_sys as trt;
 use trt::ElementWiseOperation;
 
@@ -54,6 +54,37 @@ impl<'n> Lowering<'_, 'n, '_> {
         let mask = self.bias(node, attention, bias, "bias", key, query)?;
         self.mask = Some(mask);
         Ok(mask)
+    }
+
+    /// The bias of attention inside of windows, `[1, heads, places, places]` for all windows; with walls
+    /// `[1, windows * heads, places, places]`, the sum of that and of what all heads of a window share.
+    pub(super) fn window_bias(&self, node: &Node, bias: &WindowBias) -> Value<'n> {
+        let name = |part: &str| format!("{}/{part}", node.path);
+        let table = self.constants.get(&bias.weight.key())?;
+        let values = quant::to_f32(table.dtype, table.bytes);
+        let (places, windows) = (bias.places(), bias.windows());
+        let heads = bias.weight.shape().last().copied().unwrap_or(1);
+        let pairs = move || (0..places).flat_map(move |query| (0..places).map(move |key| (query, key)));
+        let of = |head: usize| pairs().map(move |(query, key)| (head, bias.row(query, key)));
+        let shared: Option<Vec<f32>> =
+            (0..heads).flat_map(of).map(|(head, row)| values.get(row * heads + head).copied()).collect();
+        let short =
+            || LowerError::Unsupported { path: node.path.clone(), reason: "its bias table is too short".into() };
+        let constant = |part: &str, values: &[f32], sizes: [usize; 2]| -> Value<'n> {
+            let sizes = [sizes[0], sizes[1], places, places].map(|size| size as i64);
+            let (dtype, bytes) = (self.network.dtype, self.constants.floats(self.network.dtype, values));
+            Ok(self.target.constant(&name(part), crate::lower::data_type(dtype), &sizes, bytes)?)
+        };
+        let shared = constant("by_head", &shared.ok_or_else(short)?, [1, heads])?;
+        if !bias.has_walls() {
+            return Ok(shared);
+        }
+        let wall = |window: usize| pairs().map(move |(query, key)| bias.wall(window, query, key));
+        let walls: Vec<f32> = (0..windows).flat_map(wall).collect();
+        let walls = constant("by_window", &walls, [windows, 1])?;
+        let sum = self.arithmetic(node, &name("bias"), walls, shared, ElementWiseOperation::Sum)?;
+        let sizes = [1, (windows * heads) as i64, places as i64, places as i64];
+        self.target.reshape(&name("bias4"), sum, &sizes).map_err(Self::refused(node))
     }
 
     /// A low number where key k >= lengths, else `seen` (0 where there is none): `[batch, 1 or heads, 1 or queries, keys]`.

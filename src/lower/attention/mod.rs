@@ -31,17 +31,46 @@ impl<'n> Lowering<'_, 'n, '_> {
     }
 
     /// `[batch, tokens, heads * dim]` to `[batch, heads, tokens, dim]`.
-    fn by_head(&self, node: &Node, part: &str, place: usize, heads: usize, dim: usize) -> Value<'n> {
-        let sizes = [0, 0, heads as i64, dim as i64];
+    fn by_head(&self, node: &Node, attention: &Attention, part: &str, place: usize) -> Value<'n> {
+        let dim = attention.head_dim as i64;
+        let heads = if part == "query" { attention.heads } else { attention.kv_heads } as i64;
         let name = format!("{}/{part}", node.path);
         let x = self.value(node.inputs[place]);
-        self.target.reshape_transpose(&name, x, &sizes, &[0, 2, 1, 3]).map_err(Self::refused(node))
+        let Some(windows) = windows_apart(attention) else {
+            let sizes = [0, 0, heads, dim];
+            return self.target.reshape_transpose(&name, x, &sizes, &[0, 2, 1, 3]).map_err(Self::refused(node));
+        };
+        let (each, tokens) = (heads / windows, self.places(node));
+        let turned = self.target.reshape_transpose(&name, x, &[0, 0, windows, each, dim], &[0, 2, 3, 1, 4]);
+        let turned = turned.map_err(Self::refused(node))?;
+        self.target.reshape(&format!("{name}/windows"), turned, &[-1, each, tokens, dim]).map_err(Self::refused(node))
     }
 
     /// `[batch, heads, tokens, dim]` to `[batch, tokens, heads * dim]`.
-    fn by_token(&self, node: &Node, mixed: trt::Tensor<'n>, width: usize) -> Value<'n> {
+    fn by_token(&self, node: &Node, attention: &Attention, mixed: trt::Tensor<'n>) -> Value<'n> {
         let name = |part: &str| format!("{}/{part}", node.path);
+        let (heads, dim) = (attention.heads as i64, attention.head_dim as i64);
+        let width = heads * dim;
+        if let Some(windows) = windows_apart(attention) {
+            let sizes = [-1, windows, heads / windows, self.places(node), dim];
+            let apart = self.target.reshape(&name("windows"), mixed, &sizes).map_err(Self::refused(node))?;
+            let turned =
+                self.target.transpose(&name("by_token"), apart, &[0, 3, 1, 2, 4]).map_err(Self::refused(node))?;
+            return self.target.reshape(&name("joined"), turned, &[0, 0, width]).map_err(Self::refused(node));
+        }
         let turned = self.target.transpose(&name("by_token"), mixed, &[0, 2, 1, 3]).map_err(Self::refused(node))?;
-        self.target.reshape(&name("joined"), turned, &[0, 0, width as i64]).map_err(Self::refused(node))
+        self.target.reshape(&name("joined"), turned, &[0, 0, width]).map_err(Self::refused(node))
     }
+
+    /// Tokens of a network that has them in its shape.
+    fn places(&self, node: &Node) -> i64 {
+        node.ty.shape.get(1).and_then(|dim| dim.fixed()).map_or(-1, |size| size as i64)
+    }
+}
+
+/// How many windows become a part of the batch: without walls one bias does for all of them, which TensorRT would
+/// otherwise write into the engine for each.
+fn windows_apart(attention: &Attention) -> Option<i64> {
+    let bias = attention.window_bias.as_ref().filter(|bias| !bias.has_walls())?;
+    Some(bias.windows() as i64)
 }

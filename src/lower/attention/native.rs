@@ -9,10 +9,10 @@ impl<'n> Lowering<'_, 'n, '_> {
     pub(super) fn native_attention(&mut self, node: &Node, attention: &Attention) -> Value<'n> {
         let refused = || Self::refused(node);
         let name = |part: &str| format!("{}/{part}", node.path);
-        let Attention { heads, kv_heads, head_dim, .. } = *attention;
-        let mut query = self.by_head(node, "query", 0, heads, head_dim)?;
-        let mut key = self.by_head(node, "key", 1, kv_heads, head_dim)?;
-        let mut value = self.by_head(node, "value", 2, kv_heads, head_dim)?;
+        let head_dim = attention.head_dim;
+        let mut query = self.by_head(node, attention, "query", 0)?;
+        let mut key = self.by_head(node, attention, "key", 1)?;
+        let mut value = self.by_head(node, attention, "value", 2)?;
         if let Some(rope) = &attention.rope {
             let positions = self.value(node.inputs[3]);
             query = self.rotate(node, "query", query, positions, rope, head_dim)?;
@@ -37,12 +37,15 @@ impl<'n> Lowering<'_, 'n, '_> {
                 if let Some(bias) = &attention.relative_bias {
                     options.mask = Some(self.square_bias(node, attention, bias)?);
                 }
+                if let Some(bias) = &attention.window_bias {
+                    options.mask = Some(self.window_bias(node, bias)?);
+                }
             }
             _ if attention.mask == Mask::Causal => options.causal = CausalMaskKind::UpperLeft,
             _ => {}
         }
         let mixed = self.target.attention(&node.path, query, key, value, options).map_err(refused())?;
-        self.by_token(node, mixed, heads * head_dim)
+        self.by_token(node, attention, mixed)
     }
 
     fn rotate(
