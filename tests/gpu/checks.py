@@ -127,6 +127,17 @@ def small_checks(work):
             return compared(t5_alone(work / dtype), work / f"t5-{dtype}", "--dtype", dtype, *sizes,
                             verify_flags=("--input-len", "197", "--steps", "140"), all_equal=dtype == "float32")
         checks[f"T5 alone {dtype}, 3 prompts of 197, 196 and 195 tokens, 140 steps"] = alone
+    # Windows of a page, learned positions behind an encoder; a text encoder with the same decoder.
+    for dtype, quant in (("float32", "none"), ("float16", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float16", "int4-g16")):
+        directory = work / f"nougat-{dtype}-{quant}"
+        flags = ("--dtype", dtype, "--quant", quant, "--vision-quant", quant.split("-")[0], *batch, *quick)
+        mark = ("--mark", "**.output.dense", "**.fc2") if quant == "none" else ()
+        checks[f"nougat {dtype} {quant}, vision too"] = lambda directory=directory, flags=flags, mark=mark, dtype=dtype: compared(
+            ROOT / "fixtures/nougat", directory, *flags, *mark, all_equal=dtype == "float32", verify_flags=("--layers",) if mark else ())
+    for dtype in ("float32", "float16"):
+        directory = work / f"mbart-{dtype}"
+        checks[f"mbart {dtype}"] = lambda directory=directory, dtype=dtype: compared(
+            ROOT / "fixtures/mbart", directory, "--dtype", dtype, *batch, *quick, all_equal=dtype == "float32")
     # SigLIP, a padded grid, a rope with other sizes.
     for dtype in ("float32", "float16"):
         directory = work / f"vila-{dtype}"
@@ -300,24 +311,25 @@ def real_checks(work):
 def shape_checks(work):
     """The other families' real shapes: built beside each other, then timed one by one."""
     # Tokens that the engine takes, and those that are timed.
-    shapes = {"blip2-opt-2.7b": (96, 96), "blip2-flan-t5-xl": (96, 96), "vila1.5-3b": (512, 260)}
+    shapes = {"blip2-opt-2.7b": (96, 96), "blip2-flan-t5-xl": (96, 96), "vila1.5-3b": (512, 260), "nougat-base": (None, None)}
 
     def builds(name, longest):
         checkpoint, directory = work / "synth" / name, work / f"engines-{name}"
         done = run("synth", name, "-o", checkpoint)
         need(done.returncode == 0, last_lines(done.stderr))
         start = time.monotonic()
-        built = build(checkpoint, directory, "--dtype", "float16", "--max-input-len", str(longest), "--max-output-len", "128",
-                      target="tensorrt", timeout=560)
+        sizes = () if longest is None else ("--max-input-len", str(longest), "--max-output-len", "128")
+        built = build(checkpoint, directory, "--dtype", "float16", *sizes, target="tensorrt", timeout=560)
         # The disk does not hold all of them twice.
         shutil.rmtree(checkpoint)
         return {"engines": built["engines"], "wall": time.monotonic() - start}
 
     def times(name, length):
         directory = work / f"engines-{name}"
-        done = run("bench", directory, "--input-len", str(length), "--json")
+        done = run("bench", directory, *(() if length is None else ("--input-len", str(length))), "--json")
         need(done.returncode == 0, last_lines(done.stderr))
-        said = run("run", directory, "--target", "tensorrt", "--image", picture(work / "picture.png"), "--prompt", "What is it?",
+        prompt = () if length is None else ("--prompt", "What is it?")
+        said = run("run", directory, "--target", "tensorrt", "--image", picture(work / "picture.png"), *prompt,
                    "--max-new-tokens", "8", "--json")
         need(said.returncode == 0 and len(json.loads(said.stdout)["outputs"][0]["token_ids"]) > 0, last_lines(said.stderr))
         return json.loads(done.stdout)
