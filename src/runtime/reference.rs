@@ -148,6 +148,17 @@ impl Reference {
         Reference { language: with(self.language), source, ..self }
     }
 
+    /// With every result rounded to its type, as no engine can do better.
+    pub fn rounded(self) -> Reference {
+        let source = self.source.map(|source| Source {
+            encoder: source.encoder.map(Interpreter::rounded),
+            cross: source.cross.rounded(),
+            ..source
+        });
+        let (vision, language) = (self.vision.map(Interpreter::rounded), self.language.rounded());
+        Reference { vision, language, source, ..self }
+    }
+
     /// For steps of words, which ask for no row of the table.
     fn no_table(&self) -> Array {
         let hidden = self.config.pretrained_config.hidden_size;

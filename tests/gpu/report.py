@@ -30,8 +30,9 @@ What `tests/gpu.sh` found last. Card and driver: {card}; {os.environ.get("TRTVLM
 
 ## Engines against the reference
 Relative error (norm of the difference over norm of the reference) of each stage's outputs over prompts of different
-lengths and 32 decode steps (40 for the shapes), the largest of several outputs; `worst` is that of the single call where it
-was largest; `equal` counts greedy choices.
+lengths and up to 32 decode steps (40 and 140 for the shapes), the largest of several outputs; `worst` is that of the single
+call where it was largest; `rounding` is what the reference differs by if every result is rounded to the engine's type; the
+bound is the type's (1e-3, 1e-2, 6e-2) or three times that, whichever is larger; `equal` counts greedy choices.
 """)
     stages = ["vision", "vision layers", "prefill", "prefill layers", "decode", "decode layers"]
     compared = [record for record in small if record["passed"] and "errors" in record["found"]]
@@ -41,8 +42,8 @@ was largest; `equal` counts greedy choices.
         found = record["found"]
         errors = [f"{found['errors'][stage]:.1e}" if stage in found["errors"] else "" for stage in used]
         build = ", ".join(f"{name} {seconds} s" for name, seconds in found["build_seconds"].items())
-        rows.append([record["check"], *errors, f"{found['worst_call']:.1e}", f"{found['bound']:.0e}", f"{found['equal']} of {found['choices']}", build])
-    print(table(["check", *used, "worst", "bound", "equal", "build, beside others"], rows))
+        rows.append([record["check"], *errors, f"{found['worst_call']:.1e}", f"{found['rounding']:.1e}", f"{found['bound']:.1e}", f"{found['equal']} of {found['choices']}", build])
+    print(table(["check", *used, "worst", "rounding", "bound", "equal", "build, beside others"], rows))
     print("\n## Other checks\n")
     others = [record for record in small if record not in compared] + sanitize
     print(table(["check", "", "found"], [[record["check"], "ok" if record["passed"] else "FAILED",

@@ -1,4 +1,6 @@
 //! Values of the interpreter.
+use crate::DType;
+use half::{bf16, f16};
 
 /// A row-major array.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +22,18 @@ impl Array {
 
     pub fn int(shape: impl Into<Vec<usize>>, data: Vec<i32>) -> Array {
         Array { shape: shape.into(), data: Data::Int(data) }
+    }
+
+    /// With values as `dtype` holds them.
+    pub(super) fn rounded(mut self, dtype: DType) -> Array {
+        if let Data::Float(data) = &mut self.data {
+            match dtype {
+                DType::Float16 => data.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+                DType::Bfloat16 => data.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
+                _ => {}
+            }
+        }
+        self
     }
 
     pub fn len(&self) -> usize {

@@ -72,6 +72,8 @@ pub struct Interpreter {
     last_use: Vec<usize>,
     /// The ranks that a divided network works with.
     collective: Option<Arc<dyn Collective>>,
+    /// Each result is rounded to its node's type.
+    rounded: bool,
 }
 
 impl Interpreter {
@@ -105,12 +107,18 @@ impl Interpreter {
         for (_, id) in &network.outputs {
             last_use[id.0] = usize::MAX;
         }
-        Ok(Interpreter { network, weights, last_use, collective: None })
+        Ok(Interpreter { network, weights, last_use, collective: None, rounded: false })
     }
 
     /// For one rank of a divided network: the others run at the same time, each in its thread.
     pub fn with_collective(mut self, collective: Arc<dyn Collective>) -> Interpreter {
         self.collective = Some(collective);
+        self
+    }
+
+    /// Rounds each result to the type that its node has: what an engine of that type must differ by at the least.
+    pub fn rounded(mut self) -> Interpreter {
+        self.rounded = true;
         self
     }
 
@@ -139,6 +147,7 @@ impl Interpreter {
                     Some(self.node(node, &found, &axes, caches).map_err(|reason| fail(node, reason))?)
                 }
             };
+            let value = if self.rounded { value.map(|value| value.rounded(node.ty.dtype)) } else { value };
             if let (Some(tap), Some(value)) = (&mut tap, &value) {
                 tap(node, value);
             }
