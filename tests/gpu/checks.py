@@ -293,7 +293,7 @@ def real_checks(work):
     def peer():
         out = work / "peer.json"
         done = subprocess.run(["python3", str(ROOT / "tests/gpu/peer.py"), str(checkpoint), "--json", str(out)],
-                              capture_output=True, text=True, timeout=280)
+                              capture_output=True, text=True, timeout=210)
         need(out.exists(), last_lines(done.stderr))
         return json.loads(out.read_text())
 
