@@ -139,6 +139,10 @@ def small_checks(work):
         directory = work / f"mbart-{dtype}"
         checks[f"mbart {dtype}"] = lambda directory=directory, dtype=dtype: compared(
             ROOT / "fixtures/mbart", directory, "--dtype", dtype, *batch, *quick, all_equal=dtype == "float32")
+    # VILA 1.0's and LLaVA's own layouts.
+    for name in ("vila-v10-clip", "llava-original"):
+        checks[f"{name} float32"] = lambda name=name: compared(
+            ROOT / "fixtures" / name, work / name, "--dtype", "float32", *batch, *quick, all_equal=True)
     # SigLIP, a padded grid, a rope with other sizes.
     for dtype in ("float32", "float16"):
         directory = work / f"vila-{dtype}"
@@ -255,6 +259,7 @@ def sanitize_checks(work):
              "4 heads of 128, float16": ("engine-4_heads_of_128-float16", ("--input-len", "70")),
              "2 heads of 256, float32": ("engine-2_heads_of_256-float32", ("--input-len", "70"))}
     kernels = ["--kernel-name=kernel_substring=trtvlm_"]
+    version = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.strip().split("\n")[-1]
 
     def sanitized(kind, name, flags):
         done = subprocess.run([tool, "--tool", kind, "--error-exitcode", "9", *kernels, PROGRAM, "verify", str(work / name),
@@ -263,7 +268,7 @@ def sanitize_checks(work):
         summary = [line for line in text.splitlines() if "SUMMARY" in line or "RACECHECK" in line]
         clean = bool(summary) and ("0 errors" in summary[-1] or "0 hazards" in summary[-1])
         need(done.returncode == 0 and clean, f"exit {done.returncode}\n{last_lines(text, 14)}")
-        return {"summary": summary[-1].strip("= ")}
+        return {"summary": summary[-1].strip("= "), "tool": version}
 
     return {f"compute-sanitizer {kind}: {case}": lambda kind=kind, name=name, flags=flags: sanitized(kind, name, flags)
             for case, (name, flags) in cases.items() for kind in ("memcheck", "racecheck")}
