@@ -47,7 +47,8 @@ mod tests {
     fn before_and_after() {
         let recipe = Recipe::preset("none").unwrap();
         let marks = ["**.mlp.down_proj".to_owned(), "**.down_proj".to_owned(), "model.norm".to_owned()];
-        let passed = run(network(), &Plan { recipe: &recipe, dump: None, marks: &marks }).unwrap();
+        let passed =
+            run(network(), &Plan { recipe: &recipe, dump: None, marks: &marks, quantized: &|_| None }).unwrap();
         insta::assert_snapshot!("before", outputs(&network()));
         insta::assert_snapshot!("after", outputs(&passed.network));
     }
@@ -58,7 +59,7 @@ mod tests {
         fn only_adds_outputs(part in "(q|k|v|o|gate|up|down)_proj") {
             let recipe = Recipe::preset("none").unwrap();
             let marks = [format!("**.{part}")];
-            let mut passed = run(network(), &Plan { recipe: &recipe, dump: None, marks: &marks }).unwrap();
+            let mut passed = run(network(), &Plan { recipe: &recipe, dump: None, marks: &marks, quantized: &|_| None }).unwrap();
             let added = passed.network.outputs.split_off(network().outputs.len());
             prop_assert_eq!(added.len(), 2);
             for (name, id) in added {

@@ -1,10 +1,12 @@
 //! Passes: named functions from a network to a network, in one list, each followed by the verifier.
 mod mark;
+mod prequantized;
 mod quantize;
 
 pub use mark::MARK;
 
-use graphs::{GraphError, Network};
+use crate::checkpoint::QuantizedLinear;
+use graphs::{Format, GraphError, Network};
 use quant::{Assignment, QuantError, Recipe};
 use std::path::PathBuf;
 use thiserror::Error;
@@ -13,6 +15,10 @@ use thiserror::Error;
 pub enum PassError {
     #[error("quantizing `{network}`")]
     Quantize { network: String, source: QuantError },
+    #[error("recipe `{recipe}` wants `{wanted}` for layer `{path}`, which the checkpoint holds as `{found}`")]
+    Contradiction { recipe: String, path: String, wanted: Format, found: Format },
+    #[error("layer `{path}` reads `{weight}`, which is quantized together with the inputs of its own layer")]
+    Bound { path: String, weight: String },
     #[error("pass `{pass}` broke the network")]
     Broken { pass: &'static str, source: GraphError },
     #[error("--mark `{pattern}`: {reason}")]
@@ -26,7 +32,10 @@ impl PassError {
         match self {
             PassError::Quantize { source, .. } => source.hint(),
             PassError::Mark { .. } => Some("`trtvlm plan MODEL -v` lists the paths of the layers with weights".into()),
-            PassError::Broken { .. } | PassError::Dump { .. } => None,
+            PassError::Contradiction { .. } => {
+                Some("leave the recipe out: what the checkpoint has quantized stays as it is".into())
+            }
+            PassError::Bound { .. } | PassError::Broken { .. } | PassError::Dump { .. } => None,
         }
     }
 }
@@ -38,6 +47,8 @@ pub struct Plan<'p> {
     pub dump: Option<PathBuf>,
     /// Patterns of paths whose results become outputs too.
     pub marks: &'p [String],
+    /// What another tool has made of the layer with a weight of this name.
+    pub quantized: &'p dyn Fn(&str) -> Option<&'p QuantizedLinear>,
 }
 
 /// A network after all passes, with what was decided for each of its layers.
@@ -52,7 +63,8 @@ pub struct Passed {
 type Pass = fn(Passed, &Plan<'_>) -> Result<Passed, PassError>;
 
 /// THE list of passes, in order.
-const PASSES: &[(&str, Pass)] = &[("quantize", quantize::quantize), ("mark", mark::mark)];
+const PASSES: &[(&str, Pass)] =
+    &[("prequantized", prequantized::prequantized), ("quantize", quantize::quantize), ("mark", mark::mark)];
 
 /// Runs every pass in order.
 ///
