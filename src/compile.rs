@@ -130,7 +130,7 @@ impl Compiled {
         let recipe = self.quantization.get("language").or_else(|| self.quantization.get("decoder"));
         let ops = || language.into_iter().flat_map(|passed| &passed.network.nodes).map(|node| &node.op);
         let rounded = ops().find_map(|op| match op {
-            Op::QuantizeInput { scale } => Some(scale.is_some()),
+            Op::QuantizeInput { scale, .. } => Some(scale.is_some()),
             _ => None,
         });
         let prescaled = ops().any(|op| matches!(op, Op::ScaleBy { .. }));

@@ -85,10 +85,12 @@ impl Writer {
         let rounded = format!("{path}/input");
         match &linear.inputs {
             InputScale::None => (),
-            InputScale::Token => x = self.shared("token".into(), rounded, Op::QuantizeInput { scale: None }, x, None),
+            InputScale::Token => {
+                x = self.shared("token".into(), rounded, Op::QuantizeInput { scale: None, wide: true }, x, None)
+            }
             InputScale::Static { shape } => {
                 let scale = Some(Weight::tensor(format!("{stem}.input_scale"), shape));
-                x = self.of(rounded, Op::QuantizeInput { scale }, x, None);
+                x = self.of(rounded, Op::QuantizeInput { scale, wide: false }, x, None);
             }
         }
         let integers = if linear.asymmetric { format!("{name}.symmetric") } else { name.clone() };

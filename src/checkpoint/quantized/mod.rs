@@ -29,7 +29,8 @@ const KEPT: usize = 256 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InputScale {
     None,
-    /// Each token by its own scale.
+    /// Each token by its own scale, its largest magnitude / 127.5 (compressed-tensors
+    /// `quantization/utils/helpers.py`: the range of INT8 is 255).
     Token,
     /// By `X.input_scale`, which has this shape.
     Static {
