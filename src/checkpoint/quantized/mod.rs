@@ -247,9 +247,14 @@ impl Quantized {
                 }
             }
         };
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let skip = begin - 4 * first * width;
-        buffer.copy_from_slice(&bytes[skip..skip + buffer.len()]);
+        let (whole, rest) = buffer.as_chunks_mut::<4>();
+        if skip.is_multiple_of(4) && rest.is_empty() {
+            std::iter::zip(whole, &values[skip / 4..]).for_each(|(into, value)| *into = value.to_le_bytes());
+        } else {
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            buffer.copy_from_slice(&bytes[skip..skip + buffer.len()]);
+        }
         Ok(true)
     }
 
