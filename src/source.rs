@@ -3,6 +3,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, QuantizedLinear, TensorEntr
 use graphs::interpret::Values;
 use graphs::{Coverage, DType, Facts, GraphError, Logits, Model, Network, VISION_TOWER, Weight, cover};
 use quant::{Entry, Source, SourceError};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -89,7 +90,8 @@ impl ModelSource {
     pub fn new(checkpoint: Checkpoint) -> Result<ModelSource, ModelError> {
         let model = Model::from_config(checkpoint.config())?;
         let networks = model.networks(DType::Float32, Logits::Last)?;
-        let coverage = cover(&model, &networks, checkpoint.tensors().map(|(name, _)| name));
+        let mut coverage = cover(&model, &networks, checkpoint.tensors().map(|(name, _)| name));
+        adopt_biases(&mut coverage, &checkpoint);
         let faults = faults(&networks, &coverage, |name| checkpoint.tensor(coverage.found.get(name)?));
         if !faults.is_empty() {
             return Err(ModelError::Misfit { folder: checkpoint.folder().display().to_string(), faults });
@@ -232,6 +234,21 @@ impl ModelSource {
     pub fn coverage(&self) -> &Coverage {
         &self.coverage
     }
+}
+
+/// Biases of quantized layers that the model has none for become part of those layers.
+fn adopt_biases(coverage: &mut Coverage, checkpoint: &Checkpoint) {
+    let stems: BTreeMap<&str, &str> = coverage
+        .found
+        .iter()
+        .filter(|(_, stored)| checkpoint.quantized_linear(stored).is_some_and(|linear| linear.bias))
+        .filter_map(|(name, stored)| Some((stored.strip_suffix(".weight")?, name.strip_suffix(".weight")?)))
+        .collect();
+    let canonical = |name: &str| stems.get(name.strip_suffix(".bias")?).map(|stem| format!("{stem}.bias"));
+    let (adopted, unused): (Vec<_>, Vec<_>) =
+        coverage.unused.iter().map(|name| (canonical(name), name.clone())).partition(|(known, _)| known.is_some());
+    coverage.unused = unused.into_iter().map(|(_, name)| name).collect();
+    coverage.found.extend(adopted.into_iter().filter_map(|(name, stored)| Some((name?, stored))));
 }
 
 /// `entry` gives what is stored of a canonical name.

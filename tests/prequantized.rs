@@ -178,6 +178,24 @@ fn the_scheme_is_found_where_it_is_told() {
     }
 }
 
+/// GPTQ's tools have written biases for layers that have none in the model: they are added.
+#[test]
+fn biases_of_the_file_are_added() {
+    let ids: Vec<i32> = (0..9).map(|at| at * 31 % 440 + 3).collect();
+    let with = |bias: Option<f32>| {
+        let root = tempfile::tempdir().unwrap();
+        peer("gptq-g64-asymmetric", root.path(), |tensors| {
+            let bytes = bias.map(|bias| half::f16::from_f32(bias).to_le_bytes().repeat(256));
+            let raw = bytes.map(|bytes| files::Raw { dtype: "F16".into(), shape: vec![256], bytes });
+            tensors.extend(raw.map(|raw| ("model.layers.1.mlp.down_proj.bias".to_owned(), raw)));
+        });
+        logits(root.path(), &ids)
+    };
+    let without = with(None);
+    assert_eq!(with(Some(0.0)), without);
+    assert!(relative(&with(Some(0.5)), &without) > 0.1);
+}
+
 #[test]
 fn commands_say_what_is_in_force() {
     let root = tempfile::tempdir().unwrap();

@@ -3,7 +3,7 @@
 use super::{PassError, Passed, Plan};
 use crate::checkpoint::{InputScale, QuantizedLinear};
 use graphs::{BinaryKind, Dim, Network, Node, NodeId, Op, Split, Type, Weight};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 pub(super) fn prequantized(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed, PassError> {
     let is_quantized = |weight: &Weight| weight.tensors().iter().any(|(name, _)| (plan.quantized)(name).is_some());
@@ -11,7 +11,8 @@ pub(super) fn prequantized(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed
         return Ok(passed);
     }
     let Network { name, dtype, nodes, outputs } = passed.network;
-    let mut writer = Writer { nodes: Vec::new(), shared: HashMap::new() };
+    let weights = nodes.iter().flat_map(|node| node.op.weights()).map(Weight::key).collect();
+    let mut writer = Writer { nodes: Vec::new(), shared: HashMap::new(), weights };
     let mut moved: Vec<NodeId> = Vec::with_capacity(nodes.len());
     for mut node in nodes {
         node.inputs.iter_mut().for_each(|input| *input = moved[input.0]);
@@ -43,6 +44,8 @@ struct Writer {
     nodes: Vec<Node>,
     /// What several layers make of one input.
     shared: HashMap<(NodeId, String), NodeId>,
+    /// What the model reads itself, biases among it.
+    weights: HashSet<String>,
 }
 
 impl Writer {
@@ -72,6 +75,21 @@ impl Writer {
 
     /// A linear layer, and what belongs to it; gives the node of the result.
     fn linear(&mut self, node: Node, linear: &QuantizedLinear) -> NodeId {
+        let bias = match &node.op {
+            Op::Linear { weight: Weight::Tensor { name, shape }, .. } if linear.bias => {
+                name.strip_suffix(".weight").map(|stem| Weight::tensor(format!("{stem}.bias"), &shape[..1]))
+            }
+            _ => None,
+        };
+        let path = node.path.clone();
+        let product = self.product(node, linear);
+        match bias.filter(|bias| !self.weights.contains(&bias.key())) {
+            Some(weight) => self.of(format!("{path}.bias"), Op::BiasAdd { weight }, product, None),
+            None => product,
+        }
+    }
+
+    fn product(&mut self, node: Node, linear: &QuantizedLinear) -> NodeId {
         let Op::Linear { weight: Weight::Tensor { name, shape }, split } = &node.op else { return self.push(node) };
         let (name, path) = (name.clone(), node.path.clone());
         let [out, input] = shape[..] else { return self.push(node) };
@@ -148,21 +166,36 @@ mod tests {
     #[test]
     fn asymmetric_groups() {
         let format = Format::Int4 { group: 32 };
-        let linear = QuantizedLinear { format, asymmetric: true, groups: 2, prescale: false, inputs: InputScale::None };
+        let linear = QuantizedLinear {
+            format,
+            asymmetric: true,
+            groups: 2,
+            prescale: false,
+            bias: false,
+            inputs: InputScale::None,
+        };
         insta::assert_snapshot!(lines(&linear, &["q_proj", "k_proj"]));
     }
 
     #[test]
     fn scaled_and_rounded_inputs() {
         let inputs = InputScale::Static { shape: vec![] };
-        let linear = QuantizedLinear { format: Format::Int8, asymmetric: false, groups: 1, prescale: true, inputs };
+        let linear =
+            QuantizedLinear { format: Format::Int8, asymmetric: false, groups: 1, prescale: true, bias: false, inputs };
         insta::assert_snapshot!(lines(&linear, &["q_proj", "down_proj"]));
     }
 
     #[test]
     fn tokens_are_rounded_once() {
         let inputs = InputScale::Token;
-        let linear = QuantizedLinear { format: Format::Int8, asymmetric: false, groups: 1, prescale: false, inputs };
+        let linear = QuantizedLinear {
+            format: Format::Int8,
+            asymmetric: false,
+            groups: 1,
+            prescale: false,
+            bias: false,
+            inputs,
+        };
         insta::assert_snapshot!(lines(&linear, &["q_proj", "k_proj", "down_proj"]));
     }
 

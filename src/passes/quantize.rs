@@ -32,10 +32,10 @@ pub(super) fn quantize(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed, Pa
     let formats: HashMap<&str, _> =
         passed.assignments.iter().filter_map(|choice| Some((choice.path.as_str(), choice.format?))).collect();
     for node in &mut network.nodes {
-        if let (Op::Linear { weight, .. }, Some(&format)) = (&mut node.op, formats.get(node.path.as_str())) {
-            if weight.format().is_none() {
-                *weight = weight.clone().packed(format);
-            }
+        if let (Op::Linear { weight, .. }, Some(&format)) = (&mut node.op, formats.get(node.path.as_str()))
+            && weight.format().is_none()
+        {
+            *weight = weight.clone().packed(format);
         }
     }
     Ok(passed)

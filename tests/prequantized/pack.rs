@@ -47,7 +47,7 @@ impl Matrix {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 16) % bound
         };
-        let groups = if variant.group == 0 { 1 } else { input / variant.group };
+        let groups = input.checked_div(variant.group).unwrap_or(1);
         let (range, middle) = (1u32 << variant.bits, 1u32 << (variant.bits - 1));
         let integers = (0..out * input).map(|_| next(range)).collect();
         // In GPTQ's first format the largest that can be told is 15.

@@ -143,11 +143,17 @@ impl Reader<'_> {
                 (InputScale::Static { shape: entry.shape.clone() }, Some(name))
             }
         };
+        let bias = match self.optional("bias") {
+            None => false,
+            Some((_, entry)) if entry.dtype.is_float() && entry.shape == [out] => true,
+            Some((name, entry)) => return Err(wrong(&name, entry, format!("floats [{out}]"))),
+        };
         let linear = QuantizedLinear {
             format,
             asymmetric: !kind.symmetric,
             groups,
             prescale: prescale.is_some(),
+            bias,
             inputs: input_scale,
         };
         let (order, sizes) = (order.map(|(name, _)| name), sizes.map(|(name, _)| name));

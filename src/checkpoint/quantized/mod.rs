@@ -11,14 +11,13 @@ mod layer;
 mod scheme;
 
 pub use fault::QuantizedFault;
-pub(super) use scheme::Scheme as QuantizationScheme;
+pub(super) use scheme::{Scheme as QuantizationScheme, read_scheme};
 
 use super::weights::Weights;
 use super::{CheckpointError, TensorEntry};
 use graphs::{DType, Format};
 use layer::{Layer, ScaleOrder};
 use scheme::{Method, Scheme};
-use serde_json::{Map, Value};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -46,6 +45,8 @@ pub struct QuantizedLinear {
     pub groups: usize,
     /// `X.pre_quant_scale` `[in]` multiplies the inputs first.
     pub prescale: bool,
+    /// `X.bias` `[out]` is there, be it in the model or not: GPTQ's tools have written biases of zeros.
+    pub bias: bool,
     pub inputs: InputScale,
 }
 
@@ -97,14 +98,6 @@ impl Prepared {
     fn bytes(&self) -> usize {
         4 * (self.scales.len() + self.zeros.len()) + self.integers.len()
     }
-}
-
-/// What config.json, or a file beside it, says of the quantization of one folder.
-pub(super) fn read_scheme(
-    config: &Map<String, Value>,
-    beside: &mut dyn FnMut(&str) -> Result<Option<Map<String, Value>>, CheckpointError>,
-) -> Result<Option<Scheme>, CheckpointError> {
-    scheme::scheme(config, beside)
 }
 
 impl Quantized {

@@ -1,5 +1,6 @@
 //! What config.json, or the file that a tool writes beside it, says of the quantization.
 use super::QuantizedFault;
+use crate::checkpoint::CheckpointError;
 use serde_json::{Map, Value};
 
 /// The tool whose layout the tensors have.
@@ -133,11 +134,14 @@ impl<'v> Keys<'v> {
 const PLACES: [&[&str]; 3] =
     [&["quantization_config"], &["text_config", "quantization_config"], &["compression_config"]];
 
+/// Gives the object in another file of the folder, where there is one.
+type Beside<'b> = &'b mut dyn FnMut(&str) -> Result<Option<Map<String, Value>>, CheckpointError>;
+
 /// Reads `config.json`; `beside` gives the object in another file of the folder.
-pub(super) fn scheme<E: From<QuantizedFault>>(
+pub(in crate::checkpoint) fn read_scheme(
     config: &Map<String, Value>,
-    beside: &mut dyn FnMut(&str) -> Result<Option<Map<String, Value>>, E>,
-) -> Result<Option<Scheme>, E> {
+    beside: Beside<'_>,
+) -> Result<Option<Scheme>, CheckpointError> {
     let value = |path: &&[&str]| {
         let mut steps = path.iter();
         let first = config.get(*steps.next()?)?;
