@@ -196,6 +196,53 @@ fn biases_of_the_file_are_added() {
     assert!(relative(&with(Some(0.5)), &without) > 0.1);
 }
 
+/// What llm-compressor writes where inputs have one scale known beforehand, and where layers are of two schemes.
+#[test]
+fn compressed_tensors_in_other_ways() {
+    let root = tempfile::tempdir().unwrap();
+    let (bytes, packed) = ("compressed-tensors-w8a8-dynamic", "compressed-tensors-w4a16-g128");
+    let config = |folder: &Path, edit: &dyn Fn(&mut serde_json::Value)| {
+        edit_json(&folder.join("config.json"), |config| edit(&mut config["quantization_config"]["config_groups"]));
+    };
+    let told = root.path().join("static");
+    peer(bytes, &told, |tensors| {
+        let scale = files::Raw { dtype: "F32".into(), shape: vec![1], bytes: 0.5f32.to_le_bytes().to_vec() };
+        let layers: Vec<String> =
+            tensors.keys().filter_map(|name| Some(name.strip_suffix(".weight_scale")?.to_owned())).collect();
+        tensors.extend(layers.into_iter().map(|layer| (format!("{layer}.input_scale"), scale.clone())));
+    });
+    config(&told, &|groups| {
+        groups["group_0"]["input_activations"]["dynamic"] = serde_json::json!(false);
+        groups["group_0"]["input_activations"]["strategy"] = serde_json::json!("tensor");
+    });
+    let (source, passed) = open(&told);
+    let scales = passed.network.nodes.iter().filter_map(|node| match &node.op {
+        Op::QuantizeInput { scale: Some(scale), wide: false } => {
+            Some(quant::materialize_f32(scale, &source, DType::Float32).unwrap()[0])
+        }
+        _ => None,
+    });
+    assert_eq!(scales.collect::<Vec<_>>(), [0.5; 14]);
+    let mixed = root.path().join("mixed");
+    let ints = files::read(&fixture("peers").join(bytes).join("quantized.safetensors"));
+    peer(packed, &mixed, |tensors| {
+        tensors.retain(|name, _| !name.contains(".mlp."));
+        tensors.extend(ints.into_iter().filter(|(name, _)| name.contains(".mlp.")));
+    });
+    let text = std::fs::read(fixture("peers").join(bytes).join("config.json")).unwrap();
+    let other: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    config(&mixed, &|groups| groups["group_1"] = other["quantization_config"]["config_groups"]["group_0"].clone());
+    let (_, passed) = open(&mixed);
+    let formats = |format: &str| {
+        passed.assignments.iter().filter(|choice| choice.format.is_some_and(|f| f.to_string() == format)).count()
+    };
+    assert_eq!((formats("int4_g128"), formats("int8")), (8, 6));
+    let rounded =
+        passed.network.nodes.iter().filter(|node| matches!(node.op, Op::QuantizeInput { scale: None, wide: true }));
+    // Gate and up projection share theirs.
+    assert_eq!(rounded.count(), 4);
+}
+
 #[test]
 fn commands_say_what_is_in_force() {
     let root = tempfile::tempdir().unwrap();
