@@ -31,11 +31,17 @@ impl AssembleError {
         match self {
             AssembleError::Directory(error) => error.hint(),
             AssembleError::Checkpoint(error) => error.hint(),
-            AssembleError::Weights { source, .. } => source.hint(),
+            AssembleError::Weights { source, .. } => source.hint().or_else(|| checkpoint_hint(source)),
             AssembleError::Build(error) => error.hint(),
             AssembleError::Config(_) => None,
         }
     }
+}
+
+/// The hint of a checkpoint's fault that shows only when data is read.
+fn checkpoint_hint(error: &QuantError) -> Option<String> {
+    let QuantError::Read { source, .. } = error else { return None };
+    std::error::Error::source(source)?.downcast_ref::<CheckpointError>()?.hint()
 }
 
 /// Engines that are wanted. A directory holds those of one library only: their files have TensorRT-LLM's names.

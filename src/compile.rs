@@ -100,8 +100,22 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     let mut passed = Vec::new();
     for network in networks {
         let recipe = if network.name == "vision" { &vision } else { &language };
-        quantization.insert(network.name.clone(), recipe.name.clone());
-        let plan = passes::Plan { dump: request.dump.clone(), marks: &request.marks, ..passes::Plan::new(recipe) };
+        // What the checkpoint brings is named by the tool that made it.
+        let tools = network.weights().flat_map(|(_, weight)| weight.tensors());
+        let tool = tools.into_iter().find_map(|(name, _)| source.quantized_by(name));
+        let name = match (tool, recipe.name.as_str()) {
+            (None, recipe) => recipe.to_owned(),
+            (Some(tool), "none") => tool.to_owned(),
+            (Some(tool), recipe) => format!("{tool} and {recipe}"),
+        };
+        quantization.insert(network.name.clone(), name);
+        let quantized = |name: &str| source.quantized_linear(name);
+        let plan = passes::Plan {
+            dump: request.dump.clone(),
+            marks: &request.marks,
+            quantized: &quantized,
+            ..passes::Plan::new(recipe)
+        };
         passed.push(passes::run(network, &plan)?);
     }
     let idle = |pattern: &&String| passed.iter().all(|passed: &Passed| !passed.marked.contains(pattern));
@@ -115,24 +129,44 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
 impl Compiled {
     /// The `quantization` object of config.json, in TensorRT-LLM's words where it has them.
     pub fn quantization_config(&self) -> Value {
-        use graphs::Format;
+        use graphs::{Format, Op};
         let language = self.networks.iter().find(|passed| ["language", "decoder"].contains(&&*passed.network.name));
         let formats = language.into_iter().flat_map(|passed| &passed.assignments).filter_map(|choice| choice.format);
+        let recipe = self.quantization.get("language").or_else(|| self.quantization.get("decoder"));
+        let ops = || language.into_iter().flat_map(|passed| &passed.network.nodes).map(|node| &node.op);
+        let rounded = ops().find_map(|op| match op {
+            Op::QuantizeInput { scale, .. } => Some(scale.is_some()),
+            _ => None,
+        });
+        let prescaled = ops().any(|op| matches!(op, Op::ScaleBy { .. }));
+        let corrected = |passed: &Passed| passed.network.nodes.iter().any(|node| node.path.ends_with("/corrected"));
+        let tool = recipe.map_or("", String::as_str);
         let mut algorithm = Value::Null;
         let mut group = 0;
         for format in formats {
-            match format {
-                Format::Int8 => algorithm = json!("W8A16"),
-                Format::Int4 { group: size } => {
-                    algorithm = json!("W4A16");
+            match (format, rounded) {
+                (Format::Int8, None) => algorithm = json!("W8A16"),
+                (Format::Int8, Some(true)) => algorithm = json!("W8A8_SQ_PER_CHANNEL"),
+                (Format::Int8, Some(false)) => algorithm = json!("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"),
+                (Format::Int4 { group: size }, _) => {
+                    algorithm = match tool {
+                        tool if tool.starts_with("gptq") => json!("W4A16_GPTQ"),
+                        tool if tool.starts_with("awq") || prescaled => json!("W4A16_AWQ"),
+                        _ => json!("W4A16"),
+                    };
                     group = group.max(size);
                 }
             }
         }
-        let recipe = self.quantization.get("language").or_else(|| self.quantization.get("decoder"));
         let mut config = json!({ "quant_algo": algorithm, "kv_cache_quant_algo": null, "recipe": recipe });
         if group > 0 {
             config["group_size"] = json!(group);
+        }
+        if language.is_some_and(corrected) {
+            config["has_zero_point"] = json!(true);
+        }
+        if prescaled {
+            config["pre_quant_scale"] = json!(true);
         }
         config
     }

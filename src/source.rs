@@ -1,8 +1,9 @@
 //! A checkpoint that is known to fit its model: canonical names over whatever the files call their tensors.
-use crate::checkpoint::{Checkpoint, CheckpointError, TensorEntry, nearest};
+use crate::checkpoint::{Checkpoint, CheckpointError, QuantizedLinear, TensorEntry, nearest};
 use graphs::interpret::Values;
 use graphs::{Coverage, DType, Facts, GraphError, Logits, Model, Network, VISION_TOWER, Weight, cover};
 use quant::{Entry, Source, SourceError};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -89,12 +90,13 @@ impl ModelSource {
     pub fn new(checkpoint: Checkpoint) -> Result<ModelSource, ModelError> {
         let model = Model::from_config(checkpoint.config())?;
         let networks = model.networks(DType::Float32, Logits::Last)?;
-        let coverage = cover(&model, &networks, checkpoint.tensors().map(|(name, _)| name));
+        let mut coverage = cover(&model, &networks, checkpoint.tensors().map(|(name, _)| name));
+        adopt_biases(&mut coverage, &checkpoint);
         let faults = faults(&networks, &coverage, |name| checkpoint.tensor(coverage.found.get(name)?));
         if !faults.is_empty() {
             return Err(ModelError::Misfit { folder: checkpoint.folder().display().to_string(), faults });
         }
-        Ok(ModelSource { checkpoint, model, coverage, language: None, tower: None })
+        Ok(ModelSource { checkpoint, model, coverage, language: None, tower: None }.with_extras())
     }
 
     /// The same with the language part of another checkpoint, which is checked by itself and must fit. Tensors of the
@@ -122,7 +124,7 @@ impl ModelSource {
         }
         let found = other.coverage.found.iter().map(|(name, stored)| (format!("{prefix}{name}"), stored.clone()));
         coverage.found.extend(found);
-        Ok(ModelSource { checkpoint, model, coverage, language: Some(Box::new(other)), tower: None })
+        Ok(ModelSource { checkpoint, model, coverage, language: Some(Box::new(other)), tower: None }.with_extras())
     }
 
     /// The same with a vision tower from another folder, whose names are taken to follow [`VISION_TOWER`].
@@ -146,7 +148,33 @@ impl ModelSource {
         if !faults.is_empty() {
             return Err(ModelError::Misfit { folder: source.checkpoint.folder().display().to_string(), faults });
         }
-        Ok(source)
+        Ok(source.with_extras())
+    }
+
+    /// Adds the tensors that layers quantized by other tools have besides their weights.
+    fn with_extras(mut self) -> ModelSource {
+        let mut extras = Vec::new();
+        for (name, stored) in &self.coverage.found {
+            let (checkpoint, inner) = self.holder(name, stored);
+            if let (Some(name), Some(stored)) = (name.strip_suffix(".weight"), stored.strip_suffix(".weight")) {
+                let named = |extra| (format!("{name}{extra}"), format!("{stored}{extra}"));
+                extras.extend(checkpoint.quantized_extras(inner).into_iter().map(named));
+            }
+        }
+        self.coverage.found.extend(extras);
+        self
+    }
+
+    /// What another tool has made of the layer with a weight of this canonical name.
+    pub fn quantized_linear(&self, weight: &str) -> Option<&QuantizedLinear> {
+        let (checkpoint, inner) = self.holder(weight, self.coverage.found.get(weight)?);
+        checkpoint.quantized_linear(inner)
+    }
+
+    /// The tool that quantized a layer of this canonical weight.
+    pub fn quantized_by(&self, weight: &str) -> Option<&'static str> {
+        self.quantized_linear(weight)?;
+        self.holder(weight, self.coverage.found.get(weight)?).0.quantized_by()
     }
 
     /// Every checkpoint that the model is read from; the one that it is named by comes first.
@@ -182,7 +210,8 @@ impl ModelSource {
     /// The type that most of the weights are stored in.
     pub fn dtype(&self) -> DType {
         let bytes_of = |dtype| {
-            let tensors = self.checkpoints().flat_map(Checkpoint::tensors).filter(|(_, entry)| entry.dtype == dtype);
+            let tensors = self.checkpoints().flat_map(|checkpoint| checkpoint.weights().tensors());
+            let tensors = tensors.filter(|(_, entry)| entry.dtype == dtype);
             tensors.map(|(_, entry)| entry.bytes).sum::<u64>()
         };
         let types = [DType::Float32, DType::Float16, DType::Bfloat16];
@@ -205,6 +234,21 @@ impl ModelSource {
     pub fn coverage(&self) -> &Coverage {
         &self.coverage
     }
+}
+
+/// Biases of quantized layers that the model has none for become part of those layers.
+fn adopt_biases(coverage: &mut Coverage, checkpoint: &Checkpoint) {
+    let stems: BTreeMap<&str, &str> = coverage
+        .found
+        .iter()
+        .filter(|(_, stored)| checkpoint.quantized_linear(stored).is_some_and(|linear| linear.bias))
+        .filter_map(|(name, stored)| Some((stored.strip_suffix(".weight")?, name.strip_suffix(".weight")?)))
+        .collect();
+    let canonical = |name: &str| stems.get(name.strip_suffix(".bias")?).map(|stem| format!("{stem}.bias"));
+    let (adopted, unused): (Vec<_>, Vec<_>) =
+        coverage.unused.iter().map(|name| (canonical(name), name.clone())).partition(|(known, _)| known.is_some());
+    coverage.unused = unused.into_iter().map(|(_, name)| name).collect();
+    coverage.found.extend(adopted.into_iter().filter_map(|(name, stored)| Some((name?, stored))));
 }
 
 /// `entry` gives what is stored of a canonical name.

@@ -41,7 +41,7 @@ pub fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute: DType)
                 false => Err(format!("weight `{}` is {shape:?} but the input is {x}", weight.key())),
             }
         }
-        Op::QuantizeInput { scale } => match scale.as_ref().filter(|scale| scale.count() != 1) {
+        Op::QuantizeInput { scale, .. } => match scale.as_ref().filter(|scale| scale.count() != 1) {
             None => first().cloned(),
             Some(scale) => Err(format!("scale `{}` is {:?}, wanted one number", scale.key(), scale.shape())),
         },

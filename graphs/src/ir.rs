@@ -253,10 +253,13 @@ pub enum Op {
         divide: bool,
     },
     /// Rounded to INT8 steps, for INT8 arithmetic in the linear layers that read it, and only they: a multiple of the
-    /// scale, from -128 to 127 times it. Without a `scale` (one float) each token has its own, its largest magnitude / 127.
+    /// scale, from -128 to 127 times it. Without a `scale` (one float) each token has its own, its largest magnitude / 127,
+    /// or where `wide` / 127.5, which clips that magnitude itself (compressed-tensors).
     QuantizeInput {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         scale: Option<Weight>,
+        #[serde(default, skip_serializing_if = "is_false")]
+        wide: bool,
     },
     /// Of two tensors of one shape.
     Binary {
@@ -360,7 +363,7 @@ impl Op {
             | Op::Embed { weight, .. }
             | Op::ScaleBy { weight, .. }
             | Op::Broadcast { weight } => vec![weight],
-            Op::QuantizeInput { scale } => scale.iter().collect(),
+            Op::QuantizeInput { scale, .. } => scale.iter().collect(),
             Op::Norm { weight, bias, .. } => std::iter::once(weight).chain(bias).collect(),
             Op::Attention(Attention { relative_bias, window_bias, .. }) => {
                 let relative = relative_bias.iter().map(|bias| &bias.weight);

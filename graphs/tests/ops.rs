@@ -51,6 +51,12 @@ fn inputs_are_rounded() {
     for (found, steps) in std::iter::zip(&own[4..], [0.0, 127.0, -11.0, 85.0]) {
         assert!((found - steps * step).abs() < 1e-6, "{found}");
     }
+    // The second row by 3 / 127.5, which clips the 3 itself.
+    let wide = of_x(r#"quantize_input(%0) {"wide":true}"#);
+    let step = 3.0 / 127.5;
+    for (found, steps) in std::iter::zip(&wide[4..], [0.0, 127.0, -11.0, 85.0]) {
+        assert!((found - steps * step).abs() < 1e-6, "{found}");
+    }
     // By halves, clipped at -64 and 63.5; ties go to even.
     let given = of_x(r#"quantize_input(%0) {"scale":{"tensor":{"name":"s","shape":[]}}}"#);
     assert_eq!(given, [1.0, -64.0, 0.5, 63.5, 0.0, 3.0, 0.0, 2.0]);

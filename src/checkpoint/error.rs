@@ -1,8 +1,9 @@
 use super::bin_fault::BinFault;
 use super::fault::HeaderFault;
 use super::hub::HubError;
+use super::quantized::QuantizedFault;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why a checkpoint cannot be opened or read. Sizes are in bytes.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +57,8 @@ pub enum CheckpointError {
     Read { file: PathBuf, tensor: String, offset: u64, wanted: usize, source: io::Error },
     #[error("`{}` was changed since it was opened: {what}", path.display())]
     Changed { path: PathBuf, what: String },
+    #[error("`{}` is quantized in a way that cannot be kept: {fault}", folder.display())]
+    Quantized { folder: PathBuf, fault: Box<QuantizedFault> },
     #[error(transparent)]
     Hub(#[from] HubError),
 }
@@ -91,10 +94,27 @@ impl CheckpointError {
             CheckpointError::NoTensor { nearest, .. } => {
                 return nearest.as_ref().map(|name| format!("did you mean `{name}`?"));
             }
+            CheckpointError::Quantized { fault, .. } => return fault.hint(),
             CheckpointError::Hub(error) => return error.hint(),
             _ => return None,
         };
         Some(hint.to_owned())
+    }
+}
+
+impl CheckpointError {
+    /// The same with the folder of a quantized checkpoint, which its faults do not know.
+    pub(super) fn of_folder(self, folder: &Path) -> CheckpointError {
+        match self {
+            CheckpointError::Quantized { fault, .. } => CheckpointError::Quantized { folder: folder.to_owned(), fault },
+            other => other,
+        }
+    }
+}
+
+impl From<QuantizedFault> for CheckpointError {
+    fn from(fault: QuantizedFault) -> CheckpointError {
+        CheckpointError::Quantized { folder: PathBuf::new(), fault: Box::new(fault) }
     }
 }
 

@@ -14,6 +14,7 @@ mod json;
 mod nearest;
 mod parts;
 mod pickle;
+mod quantized;
 mod state_dict;
 mod torch_bin;
 mod weights;
@@ -25,10 +26,12 @@ pub use fault::HeaderFault;
 pub use hub::{Download, HubError};
 pub use nearest::nearest;
 pub(crate) use parts::PARTS;
+pub use quantized::{InputScale, QuantizedFault, QuantizedLinear};
 pub use weights::{TensorEntry, Weights, open_weights};
 
 use containment::Folder;
 use parts::Part;
+use quantized::{QuantizationScheme, Quantized};
 use serde_json::{Map, Value};
 use std::path::Path;
 use weights::Watched;
@@ -52,6 +55,7 @@ pub struct Checkpoint {
     config_file: Watched,
     parts: Vec<Part>,
     weights: Weights,
+    quantized: Option<Quantized>,
 }
 
 impl Checkpoint {
@@ -75,8 +79,15 @@ impl Checkpoint {
         let folder = Folder::open(path)?;
         let (mut config, config_file) = read_object(&folder, "config.json")?;
         let parts = parts::open(&folder, &mut config)?;
-        let weights = parts::weights(&folder, &parts)?;
-        Ok(Checkpoint { folder, config: Value::Object(config), config_file, parts, weights })
+        let schemes = schemes(&folder, &config, &parts);
+        // What the config says of a scheme that is not supported tells more than the first tensor of a strange type.
+        let (weights, schemes) = match (parts::weights(&folder, &parts), schemes) {
+            (Ok(weights), schemes) => (weights, schemes?),
+            (Err(_), Err(scheme)) => return Err(scheme),
+            (Err(error), Ok(_)) => return Err(error),
+        };
+        let quantized = Quantized::new(&weights, &schemes).map_err(|error| error.of_folder(folder.path()))?;
+        Ok(Checkpoint { folder, config: Value::Object(config), config_file, parts, weights, quantized })
     }
 
     pub fn folder(&self) -> &Path {
@@ -106,17 +117,56 @@ impl Checkpoint {
         &self.weights
     }
 
+    /// A tensor of [`Self::tensors`], or one that belongs to a quantized layer.
     pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
-        self.weights.tensor(name)
+        match &self.quantized {
+            Some(quantized) => quantized.tensor(name),
+            None => self.weights.tensor(name),
+        }
     }
 
-    /// All tensors, sorted by name; in a checkpoint of several folders names begin with that of the folder.
+    /// All tensors, sorted by name; in a checkpoint of several folders names begin with that of the folder. Each layer that
+    /// another tool has quantized has its weight in float32 in the place of what the files hold.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &TensorEntry)> {
-        self.weights.tensors()
+        let tensors = self.quantized.as_ref().map_or(self.weights.all(), Quantized::presented);
+        tensors.iter().map(|(name, entry)| (name.as_str(), entry))
+    }
+
+    /// What another tool has made of the layer with this weight.
+    pub fn quantized_linear(&self, weight: &str) -> Option<&QuantizedLinear> {
+        self.quantized.as_ref()?.linear(weight)
+    }
+
+    /// The tensors that such a layer has besides its weight: what replaces `.weight` in its name.
+    pub fn quantized_extras(&self, weight: &str) -> Vec<&'static str> {
+        self.quantized.as_ref().map(|quantized| quantized.extras(weight)).unwrap_or_default()
+    }
+
+    /// The tool that quantized the checkpoint and how many layers it has in which format, in words.
+    pub fn quantization(&self) -> Option<String> {
+        let quantized = self.quantized.as_ref()?;
+        let mut counts = std::collections::BTreeMap::<String, usize>::new();
+        for linear in quantized.linears() {
+            let inputs = if linear.inputs == InputScale::None { "" } else { ", int8 inputs" };
+            *counts.entry(format!("{}{inputs}", linear.format)).or_default() += 1;
+        }
+        let counts: Vec<String> = counts.iter().map(|(format, count)| format!("{format} x {count}")).collect();
+        (!counts.is_empty()).then(|| format!("{} ({})", quantized.tool(), counts.join("; ")))
+    }
+
+    /// The tool that quantized layers of the checkpoint.
+    pub fn quantized_by(&self) -> Option<&'static str> {
+        self.quantized.as_ref().map(Quantized::tool)
     }
 
     /// Fills `buffer` with the bytes of a tensor from `offset_in_tensor` on. Threads may read at the same time.
     pub fn read_into(&self, name: &str, offset_in_tensor: u64, buffer: &mut [u8]) -> Result<(), CheckpointError> {
+        if let Some(quantized) = &self.quantized {
+            let made = quantized.read_into(&self.weights, name, offset_in_tensor, buffer);
+            if made.map_err(|error| error.of_folder(self.folder.path()))? {
+                return Ok(());
+            }
+        }
         self.weights.read_into(name, offset_in_tensor, buffer)
     }
 
@@ -155,6 +205,31 @@ impl Checkpoint {
         };
         self.all_folders().filter_map(unread).collect()
     }
+}
+
+/// How each part of a checkpoint is quantized, by the prefix of its tensors' names.
+fn schemes(
+    root: &Folder,
+    config: &Map<String, Value>,
+    parts: &[Part],
+) -> Result<Vec<(String, QuantizationScheme)>, CheckpointError> {
+    let empty = Map::new();
+    let object = |key: &str| config.get(key).and_then(Value::as_object).unwrap_or(&empty);
+    let inner = parts.iter().map(|part| (format!("{}.", part.name), &part.folder, object(part.key)));
+    let all: Vec<_> = inner.chain([(String::new(), root, config)]).collect();
+    let mut found = Vec::new();
+    for (prefix, folder, config) in all {
+        let mut beside = |name: &str| match read_json(folder, name)? {
+            Some((Value::Object(object), _)) => Ok(Some(object)),
+            Some((other, _)) => {
+                Err(CheckpointError::NotAnObject { path: folder.path().join(name), found: json::kind(&other) })
+            }
+            None => Ok(None),
+        };
+        let scheme = quantized::read_scheme(config, &mut beside).map_err(|error| error.of_folder(folder.path()))?;
+        found.extend(scheme.map(|scheme| (prefix, scheme)));
+    }
+    Ok(found)
 }
 
 /// A JSON file that must be there and hold an object.

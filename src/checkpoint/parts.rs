@@ -12,6 +12,8 @@ pub(crate) const PARTS: [(&str, &str); 3] =
 #[derive(Debug)]
 pub(super) struct Part {
     pub(super) name: &'static str,
+    /// Where the root's config holds the part's own.
+    pub(super) key: &'static str,
     pub(super) folder: Folder,
     pub(super) config_file: Watched,
 }
@@ -26,7 +28,7 @@ pub(super) fn open(root: &Folder, config: &mut Map<String, Value>) -> Result<Vec
         let folder = root.part(name)?.ok_or_else(missing)?;
         let (own, config_file) = read_object(&folder, "config.json")?;
         *value = Value::Object(own);
-        parts.push(Part { name, folder, config_file });
+        parts.push(Part { name, key, folder, config_file });
     }
     Ok(parts)
 }

@@ -203,6 +203,10 @@ impl Weights {
         self.tensors.get(name)
     }
 
+    pub(super) fn all(&self) -> &BTreeMap<String, TensorEntry> {
+        &self.tensors
+    }
+
     /// All tensors, sorted by name.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &TensorEntry)> {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry))

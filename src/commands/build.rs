@@ -136,6 +136,9 @@ pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<C
     let language = request.language.as_ref().map(|language| format!(" and {language}")).unwrap_or_default();
     let text = format!("{}{language}: {found} tensors used, {ignored} known to be unused", request.model);
     printer.status("Reading", &text);
+    for quantization in source.checkpoints().filter_map(Checkpoint::quantization) {
+        printer.status("Keeping", &format!("its own quantization: {quantization}"));
+    }
     for warning in source.checkpoints().flat_map(Checkpoint::warnings) {
         printer.warning(&warning);
     }

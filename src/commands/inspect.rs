@@ -82,6 +82,7 @@ fn checkpoint(path: &Path, tensors: bool, printer: &Printer) -> Result<(), Failu
     };
     let architecture =
         checkpoint.as_ref().and_then(|checkpoint| checkpoint.config().get("architectures")?.get(0)?.as_str());
+    let quantization = checkpoint.as_ref().and_then(Checkpoint::quantization);
     let total: u64 = weights.tensors().map(|(_, entry)| entry.bytes).sum();
     if printer.is_json() {
         let list: Vec<_> = weights
@@ -91,7 +92,7 @@ fn checkpoint(path: &Path, tensors: bool, printer: &Printer) -> Result<(), Failu
         let files: Vec<_> = weights.files().collect();
         printer.json(&json!({
             "schema": 1, "kind": "checkpoint", "architecture": architecture, "files": files, "bytes": total,
-            "tensors": list,
+            "tensors": list, "quantization": quantization,
         }));
         return Ok(());
     }
@@ -101,6 +102,9 @@ fn checkpoint(path: &Path, tensors: bool, printer: &Printer) -> Result<(), Failu
         architecture.unwrap_or("no architecture named"),
         bytes(total)
     ));
+    if let Some(quantization) = quantization {
+        printer.data(&format!("quantized by {quantization}"));
+    }
     if tensors {
         let rows: Vec<Vec<String>> = weights
             .tensors()

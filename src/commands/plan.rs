@@ -59,6 +59,9 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
         printer.data(&table(&["weight", "stored as", "bytes", "note"], &lines));
     }
     printer.data(&table(&["network", "formats", "weights", "bytes", "RTX build memory"], &summary));
+    for (network, name) in compiled.quantization.iter().filter(|(_, name)| *name != "none") {
+        printer.data(&format!("{network}: quantization {name}"));
+    }
     printer.data(&format!(
         "type {}; at most {} requests, {} prompt and {} new tokens, {} rows of picture features",
         compiled.dtype,

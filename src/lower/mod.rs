@@ -172,7 +172,7 @@ impl<'n> Lowering<'_, 'n, '_> {
                 let operation = if *divide { trt::ElementWiseOperation::Div } else { trt::ElementWiseOperation::Prod };
                 self.target.elementwise(path, input(0), by, operation).map_err(layer)
             }
-            Op::QuantizeInput { scale } => self.quantize_input(node, scale.as_ref()),
+            Op::QuantizeInput { scale, wide } => self.quantize_input(node, scale.as_ref(), *wide),
             Op::Broadcast { weight } => self.broadcast(node, weight),
             Op::Binary { kind } => {
                 let operation = match kind {

@@ -14,6 +14,7 @@ impl<'n> Lowering<'_, 'n, '_> {
         &mut self,
         node: &Node,
         scale: Option<&Weight>,
+        wide: bool,
     ) -> Result<trt::Tensor<'n>, LowerError> {
         let refused = || Self::refused(node);
         let name = |part: &str| format!("{}/{part}", node.path);
@@ -33,7 +34,7 @@ impl<'n> Lowering<'_, 'n, '_> {
                     least,
                     ElementWiseOperation::Max,
                 );
-                let steps = self.number(&name("steps"), 1.0 / 127.0, dtype, rank)?;
+                let steps = self.number(&name("steps"), if wide { 1.0 / 127.5 } else { 1.0 / 127.0 }, dtype, rank)?;
                 let scales = self.target.elementwise(
                     &name("scales"),
                     most.map_err(refused())?,

@@ -1,11 +1,13 @@
 //! Passes: named functions from a network to a network, in one list, each followed by the verifier.
 mod mark;
+mod prequantized;
 mod quantize;
 mod shard;
 
 pub use mark::MARK;
 
-use graphs::{GraphError, Network};
+use crate::checkpoint::QuantizedLinear;
+use graphs::{Format, GraphError, Network};
 use quant::{Assignment, QuantError, Recipe};
 use std::path::PathBuf;
 use thiserror::Error;
@@ -14,6 +16,10 @@ use thiserror::Error;
 pub enum PassError {
     #[error("quantizing `{network}`")]
     Quantize { network: String, source: QuantError },
+    #[error("recipe `{recipe}` wants `{wanted}` for layer `{path}`, which the checkpoint holds as `{found}`")]
+    Contradiction { recipe: String, path: String, wanted: Format, found: Format },
+    #[error("layer `{path}` reads `{weight}`, which is quantized together with the inputs of its own layer")]
+    Bound { path: String, weight: String },
     #[error("pass `{pass}` broke the network")]
     Broken { pass: &'static str, source: GraphError },
     #[error("--tp {ranks}: `{path}`: {reason}")]
@@ -32,7 +38,10 @@ impl PassError {
             PassError::Shard { possible, .. } => {
                 Some(format!("--tp may be {}", possible.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")))
             }
-            PassError::Broken { .. } | PassError::Dump { .. } => None,
+            PassError::Contradiction { .. } => {
+                Some("leave the recipe out: what the checkpoint has quantized stays as it is".into())
+            }
+            PassError::Bound { .. } | PassError::Broken { .. } | PassError::Dump { .. } => None,
         }
     }
 }
@@ -47,12 +56,14 @@ pub struct Plan<'p> {
     /// Of tensor parallelism: which part of how many.
     pub rank: usize,
     pub ranks: usize,
+    /// What another tool has made of the layer with a weight of this name.
+    pub quantized: &'p dyn Fn(&str) -> Option<&'p QuantizedLinear>,
 }
 
 impl<'p> Plan<'p> {
-    /// The whole network, nothing dumped or marked.
+    /// The whole network, nothing dumped or marked, of a checkpoint that holds numbers.
     pub fn new(recipe: &'p Recipe) -> Plan<'p> {
-        Plan { recipe, dump: None, marks: &[], rank: 0, ranks: 1 }
+        Plan { recipe, dump: None, marks: &[], rank: 0, ranks: 1, quantized: &|_| None }
     }
 }
 
@@ -68,7 +79,12 @@ pub struct Passed {
 type Pass = fn(Passed, &Plan<'_>) -> Result<Passed, PassError>;
 
 /// THE list of passes, in order.
-const PASSES: &[(&str, Pass)] = &[("quantize", quantize::quantize), ("shard", shard::shard), ("mark", mark::mark)];
+const PASSES: &[(&str, Pass)] = &[
+    ("prequantized", prequantized::prequantized),
+    ("quantize", quantize::quantize),
+    ("shard", shard::shard),
+    ("mark", mark::mark),
+];
 
 /// Runs every pass in order.
 ///

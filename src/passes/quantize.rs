@@ -5,8 +5,9 @@ use std::collections::HashMap;
 
 pub(super) fn quantize(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed, PassError> {
     let network = &mut passed.network;
+    // Parts of layers that the checkpoint holds quantized have paths below theirs, and are never quantized.
     let linears = network.nodes.iter().filter_map(|node| match &node.op {
-        Op::Linear { weight, .. } => match weight.shape()[..] {
+        Op::Linear { weight, .. } if !node.path.contains('/') => match weight.shape()[..] {
             [out, width] => Some((node.path.as_str(), out, width)),
             _ => None,
         },
@@ -14,10 +15,26 @@ pub(super) fn quantize(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed, Pa
     });
     passed.assignments = quant::assign(plan.recipe, linears)
         .map_err(|source| PassError::Quantize { network: network.name.clone(), source })?;
+    let held: HashMap<&str, _> = network
+        .nodes
+        .iter()
+        .filter(|node| matches!(node.op, Op::Linear { .. }))
+        .filter_map(|node| Some((node.path.as_str(), node.op.weights().first()?.format()?)))
+        .collect();
+    for choice in &mut passed.assignments {
+        let Some(&found) = held.get(choice.path.as_str()) else { continue };
+        if let Some(wanted) = choice.format.filter(|wanted| *wanted != found) {
+            let (recipe, path) = (plan.recipe.name.clone(), choice.path.clone());
+            return Err(PassError::Contradiction { recipe, path, wanted, found });
+        }
+        choice.format = Some(found);
+    }
     let formats: HashMap<&str, _> =
         passed.assignments.iter().filter_map(|choice| Some((choice.path.as_str(), choice.format?))).collect();
     for node in &mut network.nodes {
-        if let (Op::Linear { weight, .. }, Some(&format)) = (&mut node.op, formats.get(node.path.as_str())) {
+        if let (Op::Linear { weight, .. }, Some(&format)) = (&mut node.op, formats.get(node.path.as_str()))
+            && weight.format().is_none()
+        {
             *weight = weight.clone().packed(format);
         }
     }

@@ -214,9 +214,9 @@ impl Interpreter {
             Op::Activation { kind } => kernels::activation(x, *kind),
             Op::Scale { factor } => kernels::scale(x, *factor),
             Op::ScaleBy { weight, divide } => kernels::scale_by(x, self.weight(weight)?, *divide),
-            Op::QuantizeInput { scale } => {
+            Op::QuantizeInput { scale, wide } => {
                 let scale = scale.as_ref().map(|scale| self.weight(scale)).transpose()?;
-                kernels::quantize_input(x, scale.and_then(|scale| scale.first().copied()))
+                kernels::quantize_input(x, scale.and_then(|scale| scale.first().copied()), *wide)
             }
             Op::Binary { kind } => kernels::binary(x, inputs[1], *kind),
             Op::Attention(attention) => {
