@@ -27,7 +27,7 @@ fn open(folder: &Path) -> (ModelSource, Passed) {
     let network = networks.into_iter().find(|network| network.name == "language").unwrap();
     let recipe = Recipe::preset("none").unwrap();
     let quantized = |name: &str| source.quantized_linear(name);
-    let plan = passes::Plan { recipe: &recipe, dump: None, marks: &[], quantized: &quantized };
+    let plan = passes::Plan { quantized: &quantized, ..passes::Plan::new(&recipe) };
     let passed = passes::run(network, &plan).unwrap();
     (source, passed)
 }
