@@ -1,11 +1,14 @@
 //! Passes: named functions from a network to a network, in one list, each followed by the verifier.
 mod mark;
 mod quantize;
+mod smooth;
 
 pub use mark::MARK;
 
-use graphs::{GraphError, Network};
+use crate::calibration::Wanted;
+use graphs::{GraphError, Network, Op, Weight};
 use quant::{Assignment, QuantError, Recipe};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -47,19 +50,25 @@ pub struct Passed {
     pub assignments: Vec<Assignment>,
     /// For each result marked, the pattern that named it.
     pub marked: Vec<String>,
+    /// Vectors that weights name and that are still to be found.
+    pub wanted: Vec<Wanted>,
+    /// For layers with scaled or quantized inputs the name of the input's statistics, and what it is divided by.
+    inputs: HashMap<String, (String, Option<Weight>)>,
 }
 
 type Pass = fn(Passed, &Plan<'_>) -> Result<Passed, PassError>;
 
 /// THE list of passes, in order.
-const PASSES: &[(&str, Pass)] = &[("quantize", quantize::quantize), ("mark", mark::mark)];
+const PASSES: &[(&str, Pass)] = &[("smooth", smooth::smooth), ("quantize", quantize::quantize), ("mark", mark::mark)];
 
 /// Runs every pass in order.
 ///
 /// # Errors
 /// The first pass that fails, or whose result the verifier refuses.
 pub fn run(network: Network, plan: &Plan<'_>) -> Result<Passed, PassError> {
-    let mut passed = Passed { network, assignments: Vec::new(), marked: Vec::new() };
+    let assignments = assign(&network, plan.recipe)?;
+    let (marked, wanted, inputs) = (Vec::new(), Vec::new(), HashMap::new());
+    let mut passed = Passed { network, assignments, marked, wanted, inputs };
     for (number, (name, pass)) in PASSES.iter().enumerate() {
         passed = pass(passed, plan)?;
         graphs::verify(&passed.network).map_err(|source| PassError::Broken { pass: name, source })?;
@@ -71,4 +80,15 @@ pub fn run(network: Network, plan: &Plan<'_>) -> Result<Passed, PassError> {
         }
     }
     Ok(passed)
+}
+
+fn assign(network: &Network, recipe: &Recipe) -> Result<Vec<Assignment>, PassError> {
+    let linears = network.nodes.iter().filter_map(|node| match &node.op {
+        Op::Linear { weight, .. } => match weight.shape()[..] {
+            [out, width] => Some((node.path.as_str(), out, width)),
+            _ => None,
+        },
+        _ => None,
+    });
+    quant::assign(recipe, linears).map_err(|source| PassError::Quantize { network: network.name.clone(), source })
 }

@@ -1,25 +1,35 @@
-//! Weight-only quantization: wraps the weights of the layers that the recipe names; the network's shape is unchanged.
+//! Wraps the weights of the layers that the recipe names; the network's shape is unchanged.
 use super::{PassError, Passed, Plan};
-use graphs::Op;
+use crate::calibration::Wanted;
+use graphs::{Op, Weight};
+use quant::Method;
 use std::collections::HashMap;
 
-pub(super) fn quantize(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed, PassError> {
+pub(super) fn quantize(mut passed: Passed, _: &Plan<'_>) -> Result<Passed, PassError> {
     let network = &mut passed.network;
-    let linears = network.nodes.iter().filter_map(|node| match &node.op {
-        Op::Linear { weight, .. } => match weight.shape()[..] {
-            [out, width] => Some((node.path.as_str(), out, width)),
-            _ => None,
-        },
-        _ => None,
-    });
-    passed.assignments = quant::assign(plan.recipe, linears)
-        .map_err(|source| PassError::Quantize { network: network.name.clone(), source })?;
-    let formats: HashMap<&str, _> =
-        passed.assignments.iter().filter_map(|choice| Some((choice.path.as_str(), choice.format?))).collect();
+    let chosen: HashMap<&str, _> = passed
+        .assignments
+        .iter()
+        .filter_map(|choice| Some((choice.path.as_str(), (choice.format?, choice.method))))
+        .collect();
     for node in &mut network.nodes {
-        if let (Op::Linear { weight, .. }, Some(&format)) = (&mut node.op, formats.get(node.path.as_str())) {
-            *weight = weight.clone().packed(format);
-        }
+        let (Op::Linear { weight, .. }, Some(&(format, method))) = (&mut node.op, chosen.get(node.path.as_str()))
+        else {
+            continue;
+        };
+        let input = match method {
+            Method::Mse => None,
+            Method::Awq => passed.inputs.get(&node.path).cloned(),
+            Method::Nearest | Method::Smooth { .. } | Method::Absmax { .. } => {
+                *weight = weight.clone().packed(format);
+                continue;
+            }
+        };
+        let &[out, width] = &weight.shape()[..] else { continue };
+        let name = format!("scales:{}/{}", network.name, node.path);
+        let scales = Weight::tensor(name.clone(), &format.scale_shape(out, width));
+        passed.wanted.push(Wanted::Scales { name, of: weight.clone(), format, input });
+        *weight = Weight::Packed { format, scales: Some(Box::new(scales)), of: Box::new(weight.clone()) };
     }
     Ok(passed)
 }

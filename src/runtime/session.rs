@@ -159,15 +159,7 @@ impl Session {
     }
 
     fn prompt(&self, ask: &Ask<'_>, first_picture: usize, chat: bool) -> Result<Vec<i32>, RuntimeError> {
-        let config = &self.config.pretrained_config;
-        let multimodal = config.multimodal;
-        let settings = PromptSettings {
-            template: multimodal.map_or(PromptTemplate::Plain, |multimodal| multimodal.prompt_template),
-            image_token_id: multimodal.and_then(|multimodal| multimodal.image_token_id).map(|id| id as u32),
-            features_per_picture: multimodal.map_or(0, |multimodal| multimodal.num_visual_features),
-            vocabulary: config.vocab_size as u32,
-            maximum_length: Some(self.config.build_config.max_input_len),
-        };
+        let settings = prompt_settings(&self.config);
         let pictures = ask.pictures.len();
         let (prompt, add_special_tokens) = match (&self.processor.chat, chat) {
             (_, false) => (ask.prompt.to_owned(), true),
@@ -188,5 +180,18 @@ impl Session {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// What an engine's config says about prompts.
+pub(crate) fn prompt_settings(config: &EngineConfig) -> PromptSettings {
+    let EngineConfig { pretrained_config, build_config, .. } = config;
+    let multimodal = pretrained_config.multimodal;
+    PromptSettings {
+        template: multimodal.map_or(PromptTemplate::Plain, |multimodal| multimodal.prompt_template),
+        image_token_id: multimodal.and_then(|multimodal| multimodal.image_token_id).map(|id| id as u32),
+        features_per_picture: multimodal.map_or(0, |multimodal| multimodal.num_visual_features),
+        vocabulary: pretrained_config.vocab_size as u32,
+        maximum_length: Some(build_config.max_input_len),
     }
 }
