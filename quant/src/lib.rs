@@ -26,7 +26,7 @@ pub use pack::{pack, unpack};
 pub use pool::Pool;
 pub use recipe::{Assignment, Method, Recipe, assign, path_glob};
 pub use rounded::round_to_nearest;
-pub use smooth::{ALPHA, activation_scale, join_column_absmax, smooth};
+pub use smooth::{ALPHAS, Smoothed, activation_scale, join_column_absmax, smooth};
 pub use source::{Entry, MemorySource, Source, SourceError};
 pub use statistics::{Gathered, InputStatistics};
 pub use store::{Layout, Place, StoreSummary, StoredWeights, layout, scale_key, store_weights};

@@ -9,7 +9,7 @@
 //! group = 128
 //! fallback = [64, 32]
 //! ```
-use crate::{ALPHA, PRESETS, QuantError};
+use crate::{PRESETS, QuantError};
 use globset::{GlobBuilder, GlobMatcher};
 use graphs::Format;
 use serde::Deserialize;
@@ -52,8 +52,8 @@ pub enum Method {
     Mse,
     /// AWQ: activations say which channels matter.
     Awq,
-    /// SmoothQuant: the inputs are INT8 too.
-    Smooth { alpha: f32, per_token: bool },
+    /// SmoothQuant: the inputs are INT8 too. Without an `alpha` that which loses least is searched for.
+    Smooth { alpha: Option<f32>, per_token: bool },
     /// Inputs are INT8 by their largest magnitude.
     Absmax { per_token: bool },
 }
@@ -128,7 +128,7 @@ enum FormatText {
 }
 
 impl FormatText {
-    fn choice(self, groups: Vec<usize>, alpha: f32) -> Choice {
+    fn choice(self, groups: Vec<usize>, alpha: Option<f32>) -> Choice {
         let int4 = |method| Choice::Int4 { method, groups: groups.clone() };
         match self {
             FormatText::None => Choice::None,
@@ -180,7 +180,7 @@ impl Recipe {
     /// `WORD-channel` for one scale per output where the word is one of INT4. All leave the head as it is.
     pub fn preset(name: &str) -> Option<Recipe> {
         let choice = match FormatText::parse(name) {
-            Some(format) => format.choice([&[128][..], &FALLBACK].concat(), ALPHA),
+            Some(format) => format.choice([&[128][..], &FALLBACK].concat(), None),
             None => {
                 let (word, groups) = name.rsplit_once('-')?;
                 let groups = match groups.strip_prefix('g') {
@@ -188,7 +188,7 @@ impl Recipe {
                     Some(group) => vec![group.parse().ok().filter(|&group| valid_group(group))?],
                     None => return None,
                 };
-                FormatText::parse(word).filter(|format| format.has_groups())?.choice(groups, ALPHA)
+                FormatText::parse(word).filter(|format| format.has_groups())?.choice(groups, None)
             }
         };
         let rule = |pattern: &str, choice| Some(Rule { pattern: pattern.into(), glob: glob(pattern).ok()?, choice });
@@ -223,7 +223,7 @@ impl Recipe {
             }
             let first = groups.first().map_or(128, |group| *group.as_ref());
             let groups = std::iter::once(first).chain(fallback.iter().map(|group| *group.as_ref())).collect();
-            let choice = format.choice(groups, alpha.map_or(ALPHA, Spanned::into_inner));
+            let choice = format.choice(groups, alpha.map(Spanned::into_inner));
             let glob = glob(&pattern).map_err(|error| fail(place, error.kind().to_string()))?;
             Ok(Rule { pattern, glob, choice })
         };

@@ -4,7 +4,7 @@ use graphs::{DType, Format};
 use half::f16;
 use proptest::prelude::*;
 use quant::awq::{self, Matrix};
-use quant::{Gathered, activation_scale, clip, smooth};
+use quant::{Gathered, Smoothed, activation_scale, clip, smooth};
 
 /// Numbers without a pattern, in -1..1.
 fn noise(count: usize, seed: u64) -> Vec<f32> {
@@ -116,6 +116,45 @@ proptest! {
         prop_assert!((f64::from(activation_scale(&activations, Some(&factors))) - most / 127.0).abs() < 1e-6 * most);
     }
 
+    /// The loss is that of INT8 products by their definition, and the candidate chosen has the least of it.
+    #[test]
+    fn the_candidate_chosen_loses_least(case in cases(), per_token in any::<bool>()) {
+        let case = Case { format: Format::Int8, ..case };
+        let (weights, inputs, width) = (case.weights(), case.inputs(), case.width);
+        let absmax: Vec<f32> =
+            (0..width).map(|channel| inputs.iter().skip(channel).step_by(width).fold(0.0f32, |most, x| most.max(x.abs()))).collect();
+        let candidates: Vec<Vec<f32>> =
+            (0..4).map(|number| noise(width, case.seed ^ 77 ^ number).into_iter().map(|x| (2.0 * x).exp2()).collect()).collect();
+        let int8 = |value: f64, scale: f64| (value / scale).round_ties_even().clamp(-128.0, 127.0) * scale;
+        let loss = |factors: &[f32]| -> f64 {
+            let scaled: Vec<f64> = (0..weights.len()).map(|at| f64::from(weights[at] * factors[at % width])).collect();
+            let whole = f64::from(activation_scale(&absmax, Some(factors)));
+            let mut loss = 0.0;
+            for row in inputs.chunks(width) {
+                let divided: Vec<f64> = std::iter::zip(row, factors).map(|(x, factor)| f64::from(x / factor)).collect();
+                let own = divided.iter().fold(0.0f64, |most, x| most.max(x.abs())) / 127.0;
+                for output in 0..case.out {
+                    let off: f64 = (0..width).map(|column| {
+                        let at = output * width + column;
+                        int8(divided[column], if per_token { own } else { whole }) * rounded(&scaled, width, width, 127.0, at, 1.0)
+                            - f64::from(row[column]) * f64::from(weights[at])
+                    }).sum();
+                    loss += off * off;
+                }
+            }
+            loss
+        };
+        let matrices = [&weights[..]];
+        let smoothed = Smoothed { matrices: &matrices, rows: &inputs, absmax: &absmax, per_token };
+        let wanted: Vec<f64> = candidates.iter().map(|factors| loss(factors)).collect();
+        for (factors, wanted) in candidates.iter().zip(&wanted) {
+            let found = smoothed.loss(factors, DType::Float16);
+            prop_assert!((found - wanted).abs() <= 5e-2 * wanted + 1e-4, "{found} {wanted}");
+        }
+        let best = smoothed.best(candidates, DType::Float16);
+        prop_assert!(wanted.iter().all(|other| wanted[best] <= other * 1.1 + 1e-4), "{best} of {wanted:?}");
+    }
+
     #[test]
     fn the_exponent_found_loses_least(case in cases(), seed in any::<u64>()) {
         let (weights, inputs) = (case.weights(), case.inputs());
@@ -139,35 +178,39 @@ proptest! {
         prop_assert!((product - 1.0).abs() < 1e-3);
     }
 
-    /// Of each group of each output, with inputs and without.
+    /// Without inputs each group of each output loses least of its weights. With them no group can do better by itself
+    /// than what was found for all.
     #[test]
     fn clipping_loses_least(case in cases(), blind in any::<bool>()) {
         let (weights, inputs) = (case.weights(), if blind { Vec::new() } else { case.inputs() });
         let exact: Vec<f64> = weights.iter().copied().map(f64::from).collect();
         let scales = clip(&weights, case.width, &inputs, case.format, DType::Float16);
         let (group, limit) = (case.group(), case.limit());
-        let loss = |output: usize, index: usize, part: Option<f64>, scale: f64| -> f64 {
-            let place = |column: usize| output * case.width + index * group + column;
-            let off: Vec<f64> = (0..group).map(|column| {
-                let at = place(column);
-                let back = match part {
-                    Some(part) => rounded(&exact, case.width, group, limit, at, part),
-                    None => (exact[at] / scale).round_ties_even().clamp(-limit - 1.0, limit) * scale,
-                };
-                exact[at] - back
-            }).collect();
+        // By how much a weight is off where the groups' scales are those found, but for one group where they are a part
+        // of its largest magnitude.
+        let off = |output: usize, column: usize, other: Option<(usize, f64)>| {
+            let at = output * case.width + column;
+            match other {
+                Some((index, part)) if index == column / group => exact[at] - rounded(&exact, case.width, group, limit, at, part),
+                _ => {
+                    let scale = f64::from(scales[column / group * case.out + output]);
+                    exact[at] - (exact[at] / scale).round_ties_even().clamp(-limit - 1.0, limit) * scale
+                }
+            }
+        };
+        let loss = |output: usize, other: Option<(usize, f64)>| -> f64 {
+            let off: Vec<f64> = (0..case.width).map(|column| off(output, column, other)).collect();
             if blind {
                 return off.iter().map(|off| off * off).sum();
             }
-            let product = |row: &[f32]| (0..group).map(|column| f64::from(row[index * group + column]) * off[column]).sum::<f64>();
+            let product = |row: &[f32]| std::iter::zip(row, &off).map(|(x, off)| f64::from(*x) * off).sum::<f64>();
             inputs.chunks(case.width).map(|row| product(row).powi(2)).sum()
         };
         for output in 0..case.out {
+            let found = loss(output, None);
             for index in 0..case.width / group {
-                let scale = f64::from(scales[index * case.out + output]);
-                let found = loss(output, index, None, scale);
                 for step in 0..16 {
-                    let other = loss(output, index, Some(1.0 - f64::from(step) / 32.0), 0.0);
+                    let other = loss(output, Some((index, 1.0 - f64::from(step) / 32.0)));
                     prop_assert!(found <= other * 1.01 + 1e-5, "{output} {index} {step}: {found} {other}");
                 }
             }

@@ -3,7 +3,9 @@
 use super::{Channels, Statistics, StatisticsError};
 use graphs::{DType, Format, Weight};
 use quant::awq::{self, Matrix};
-use quant::{Entry, InputStatistics, MemorySource, Method, QuantError, Source, SourceError, materialize_f32};
+use quant::{
+    ALPHAS, Entry, InputStatistics, MemorySource, Method, QuantError, Smoothed, Source, SourceError, materialize_f32,
+};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -158,10 +160,17 @@ fn find(
             let seen = seen(input)?;
             let weights = members.iter().map(|(weight, _)| values(weight)).collect::<Result<Vec<_>, _>>()?;
             match method {
-                Method::Smooth { alpha, .. } => {
+                Method::Smooth { alpha, per_token } => {
                     let mut most = vec![0.0; *width];
                     weights.iter().for_each(|weights| quant::join_column_absmax(weights, &mut most));
-                    quant::smooth(&channels.most(&seen.absmax), &channels.most(&most), *alpha)
+                    let (of_inputs, of_weights) = (channels.most(&seen.absmax), channels.most(&most));
+                    let factors = |alpha| quant::smooth(&of_inputs, &of_weights, alpha);
+                    let matrices: Vec<&[f32]> = weights.iter().map(Vec::as_slice).collect();
+                    let (rows, absmax) = (&seen.rows[..], &seen.absmax[..]);
+                    let smoothed = Smoothed { matrices: &matrices, rows, absmax, per_token: *per_token };
+                    let spread = |alpha: &f32| channels.spread(&factors(*alpha), *width);
+                    let searched = || ALPHAS[smoothed.best(ALPHAS.iter().map(spread).collect(), compute)];
+                    factors(alpha.unwrap_or_else(searched))
                 }
                 _ => {
                     let matrix = |(weights, (_, format)): (_, &(Weight, Format))| Matrix { weights, format: *format };
