@@ -49,7 +49,7 @@ pub enum Command {
     /// Gather statistics of what a model's layers read, for quantization that needs them
     #[command(
         after_help = "Examples:\n  trtvlm calibrate ./llava-1.5-7b-hf --data samples.jsonl -o stats.safetensors\n  \
-        trtvlm build ./llava-1.5-7b-hf -o engines --quant int4-awq --calibration stats.safetensors"
+        trtvlm calibrate ./SmolLM2-135M --data prose.txt -o stats.safetensors --samples 128"
     )]
     Calibrate(CalibrateArgs),
     /// Answer prompts, about pictures too, from a built directory

@@ -86,7 +86,10 @@ impl Sampler<'_> {
     /// Whole windows of a text; all of a shorter one.
     fn prose(&self, text: &str) -> Result<Vec<Sample>, SampleError> {
         let tokens: Vec<i32> = self.processor.text.encode(text, true)?.iter().map(|&token| token as i32).collect();
-        let window = self.window.max(2).min(tokens.len().max(1));
+        if tokens.len() < 2 {
+            return Ok(Vec::new());
+        }
+        let window = self.window.max(2).min(tokens.len());
         let sample =
             |ids: &[i32]| Sample { pictures: Vec::new(), prompt: ids[..1].to_vec(), answer: ids[1..].to_vec() };
         Ok(tokens.chunks_exact(window).map(sample).collect())

@@ -1,6 +1,9 @@
 //! What calibration keeps of the inputs of linear layers. Samples may come in any number of parts: the result is the same.
 use std::collections::BTreeMap;
 
+/// How much more often favored rows are kept.
+const FAVOR: u64 = 8;
+
 /// Of one distinct input.
 #[derive(Clone, Debug, PartialEq)]
 pub struct InputStatistics {
@@ -33,8 +36,9 @@ impl Gathered {
     }
 
     /// Adds the rows of sample `sample` and keeps at most `limit` of all. Which are kept depends on the numbers of samples
-    /// and rows alone, so all inputs of a network keep the same tokens.
-    pub fn add(&mut self, values: &[f32], sample: u64, limit: usize) {
+    /// and rows alone, so all inputs of a network keep the same tokens; rows from `favored` on are kept so much more often
+    /// that few others stay.
+    pub fn add(&mut self, values: &[f32], sample: u64, limit: usize, favored: usize) {
         for (number, row) in values.chunks_exact(self.width().max(1)).enumerate() {
             for (channel, value) in row.iter().enumerate() {
                 let magnitude = value.abs();
@@ -42,7 +46,7 @@ impl Gathered {
                 self.sum[channel] += f64::from(magnitude);
             }
             self.count += 1;
-            let lot = lot(sample, number as u64);
+            let lot = lot(sample, number as u64) / if number >= favored { FAVOR } else { 1 };
             let full = self.rows.len() >= limit;
             if !full || self.rows.last_key_value().is_some_and(|(last, _)| lot < *last) {
                 self.rows.insert(lot, row.to_vec());

@@ -237,7 +237,7 @@ proptest! {
         let samples: Vec<Vec<f32>> = counts.iter().enumerate().map(|(number, count)| noise(count * width, number as u64)).collect();
         let gather = |order: &mut dyn Iterator<Item = usize>| {
             let mut gathered = Gathered::new(width);
-            order.for_each(|number| gathered.add(&samples[number], number as u64, limit));
+            order.for_each(|number| gathered.add(&samples[number], number as u64, limit, 3));
             gathered
         };
         let (one, other) = (gather(&mut (0..samples.len())), gather(&mut (0..samples.len()).rev()));

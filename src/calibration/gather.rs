@@ -83,6 +83,8 @@ pub fn gather(
     let values = CheckpointValues { source, compute: dtype };
     for part in samples[resumed..].chunks(together.max(1)) {
         let (first, mut nodes) = (header.done, 0);
+        // The vision network sees only samples with pictures.
+        let seeing = samples[..first].iter().filter(|sample| !sample.pictures.is_empty()).count();
         let mut fault = None;
         let mut run = |name: &str, arrays: Vec<Arrays>| {
             let network = lesson.networks.iter().find(|network| network.name == name);
@@ -108,7 +110,11 @@ pub fn gather(
                 let key = format!("{name}/{}", network.nodes[id.0].path);
                 let width = read[0].shape.last().copied().unwrap_or(0);
                 let gathered = inputs.entry(key).or_insert_with(|| Gathered::new(width));
-                gathered.add(x, (first + sample) as u64, rows);
+                // What a model answers matters more than the many features of its pictures.
+                let answers = part.get(sample).filter(|sample| name == "language" && !sample.pictures.is_empty());
+                let favored = answers.map_or(usize::MAX, |sample| sample.prompt.len().saturating_sub(1));
+                let before = if name == "vision" { seeing } else { first };
+                gathered.add(x, (before + sample) as u64, rows, favored);
             };
             let outputs = sweep(network, &values, arrays, &mut see);
             nodes += network.nodes.len();

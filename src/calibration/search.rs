@@ -169,8 +169,13 @@ fn find(
                     let (rows, absmax) = (&seen.rows[..], &seen.absmax[..]);
                     let smoothed = Smoothed { matrices: &matrices, rows, absmax, per_token: *per_token };
                     let spread = |alpha: &f32| channels.spread(&factors(*alpha), *width);
-                    let searched = || ALPHAS[smoothed.best(ALPHAS.iter().map(spread).collect(), compute)];
-                    factors(alpha.unwrap_or_else(searched))
+                    // Where inputs have no outliers it may be best to leave them alone.
+                    let searched = || {
+                        let alone = std::iter::once(vec![1.0; *width]);
+                        let best = smoothed.best(alone.chain(ALPHAS.iter().map(spread)).collect(), compute);
+                        best.checked_sub(1).map(|at| ALPHAS[at])
+                    };
+                    alpha.or_else(searched).map_or_else(|| vec![1.0; of_inputs.len()], factors)
                 }
                 _ => {
                     let matrix = |(weights, (_, format)): (_, &(Weight, Format))| Matrix { weights, format: *format };

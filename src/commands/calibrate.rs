@@ -23,7 +23,8 @@ pub fn run(args: &CalibrateArgs, printer: &Printer) -> Result<(), Failure> {
         vision_quant: "none".into(),
         calibration: None,
         tp: 1,
-        sizes: SizeRequest { max_batch_size: 1, ..SizeRequest::default() },
+        // Prompts as long as the model takes them.
+        sizes: SizeRequest { max_batch_size: 1, max_output_len: Some(1), ..SizeRequest::default() },
         logits: Logits::Last,
         dump: None,
         marks: Vec::new(),

@@ -132,6 +132,8 @@ fn text(args: &EvalTextArgs, printer: &Printer) -> Result<(), Failure> {
 /// Pictures with a question and the expected answers.
 pub(super) struct Task {
     prompt: String,
+    /// What comes before an answer's text.
+    lead: String,
     max_new_tokens: Option<usize>,
     pictures: Vec<Picture>,
     references: Vec<String>,
@@ -146,6 +148,7 @@ impl Task {
         };
         let task = json_file(task)?;
         let prompt = task.get("prompt").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let lead = task.get("lead").and_then(Value::as_str).unwrap_or_default().to_owned();
         let max_new_tokens = task.get("maxtok").and_then(Value::as_u64).map(|count| count as usize);
         let references = json_file(references)?;
         let references = references.as_array().into_iter().flatten().filter_map(Value::as_str);
@@ -156,14 +159,15 @@ impl Task {
             return Err(Failure::new(Exit::Refused, message)
                 .hint(Some("pictures and references must be as many, and the task must hold a prompt".into())));
         }
-        Ok(Task { prompt, max_new_tokens, pictures, references })
+        Ok(Task { prompt, lead, max_new_tokens, pictures, references })
     }
 
     /// The first of them with their answers.
     pub(super) fn samples(&self, sampler: &Sampler<'_>, limit: usize) -> Result<Vec<Sample>, Failure> {
         let pairs = std::iter::zip(&self.pictures, &self.references).take(limit);
         let sample = |(picture, reference): (&Picture, &String)| {
-            sampler.asked(vec![picture.clone()], &self.prompt, reference).map_err(Failure::from)
+            let answer = format!("{}{reference}", self.lead);
+            sampler.asked(vec![picture.clone()], &self.prompt, &answer).map_err(Failure::from)
         };
         pairs.map(sample).collect()
     }
