@@ -79,8 +79,7 @@ fn every_calibrated_scheme_builds_and_answers_for_every_family() {
     for family in ["llava-hf", "blip2-opt", "blip2-t5"] {
         let statistics = root.path().join(format!("{family}.safetensors"));
         calibrate(&fixture(family), &data, &statistics, &[]);
-        for (quant, vision) in
-            [("int4-awq-g16", "int8-awq"), ("int8-sq", "int8-sq"), ("int8-sq-token", "int8-absmax")]
+        for (quant, vision) in [("int4-awq-g16", "int8-awq"), ("int8-sq", "int8-sq"), ("int8-sq-token", "int8-absmax")]
         {
             let output = root.path().join(format!("{family}-{quant}"));
             let flags = ["--quant", quant, "--vision-quant", vision, "--calibration", statistics.to_str().unwrap()];
