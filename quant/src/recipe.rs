@@ -376,6 +376,30 @@ mod tests {
     }
 
     #[test]
+    fn methods_come_with_the_words() {
+        let methods = |recipe: &Recipe| -> Vec<Method> {
+            assign(recipe, LAYERS.into_iter()).unwrap().into_iter().map(|choice| choice.method).collect()
+        };
+        let of = |name: &str| methods(&Recipe::preset(name).unwrap());
+        let (near, smooth) = (Method::Nearest, Method::Smooth { alpha: None, per_token: true });
+        assert_eq!(of("int4-awq"), [Method::Awq, Method::Awq, near, near], "none where a layer is kept");
+        assert_eq!(of("int8-sq-token"), [smooth, smooth, smooth, near]);
+        assert_eq!(of("int4-mse-g64")[0], Method::Mse);
+        assert_eq!(formats(&Recipe::preset("int4-awq-g64").unwrap()), formats(&Recipe::preset("int4-g64").unwrap()));
+        assert!(
+            ["int8-g64", "int8-sq-g64", "int4-awq-g7", "awq"].into_iter().all(|name| Recipe::preset(name).is_none())
+        );
+        let rule = |rest: &str| Recipe::parse(&format!("name = 'x'\n[[rule]]\nmatch = '**'\n{rest}"), "r.toml");
+        let fixed = rule("format = 'int8-sq'\nalpha = 0.85").unwrap();
+        assert_eq!(methods(&fixed)[0], Method::Smooth { alpha: Some(0.85), per_token: false });
+        for refused in
+            ["format = 'int8'\nalpha = 0.5", "format = 'int8-sq'\nalpha = 1.5", "format = 'int8-sq'\ngroup = 64"]
+        {
+            assert!(rule(refused).is_err(), "{refused}");
+        }
+    }
+
+    #[test]
     fn presets_leave_every_head_and_nothing_else() {
         let paths = ["lm_head", "language_model.lm_head", "a.b.lm_head", "xlm_head", "lm_head.proj", "a.my_lm_head"];
         for name in ["int8", "int4", "int4-g64", "int4-channel"] {
