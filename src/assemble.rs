@@ -190,8 +190,7 @@ fn store(
     let path = staging.place(&name)?;
     let mut progress = |done, total| events(Event::Weights { network: &network.name, done, total });
     let weights = stored.iter().copied();
-    let summary =
-        quant::store_weights(weights, &compiled.source, compiled.dtype, &path, &mut progress).map_err(failed)?;
+    let summary = quant::store_weights(weights, compiled, compiled.dtype, &path, &mut progress).map_err(failed)?;
     staging.written(&name, FileEntry { bytes: summary.bytes, sha256: summary.sha256 });
     let file = StoredWeights::open(&path).map_err(failed)?;
     for weight in stored {

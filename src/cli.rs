@@ -46,6 +46,12 @@ pub enum Command {
     #[command(after_help = "Examples:\n  trtvlm plan ./llava-1.5-7b-hf --quant int4\n  \
         trtvlm plan ./llava-1.5-7b-hf --json | jq .networks")]
     Plan(PlanArgs),
+    /// Gather statistics of what a model's layers read, for quantization that needs them
+    #[command(
+        after_help = "Examples:\n  trtvlm calibrate ./llava-1.5-7b-hf --data samples.jsonl -o stats.safetensors\n  \
+        trtvlm calibrate ./SmolLM2-135M --data prose.txt -o stats.safetensors --samples 128"
+    )]
+    Calibrate(CalibrateArgs),
     /// Answer prompts, about pictures too, from a built directory
     #[command(after_help = "Examples:\n  trtvlm run engines --image merlion.png --prompt \"Which city is this?\"\n  \
         trtvlm run engines --target reference --prompt \"The capital of France is\" --max-new-tokens 4 --json")]
@@ -106,12 +112,16 @@ pub struct ModelOptions {
     /// Type of weights and activations; auto is the checkpoint's own
     #[arg(long, default_value = "auto", value_parser = dtype)]
     pub dtype: DTypeChoice,
-    /// Language part: none, int8, int4, int4-gN, int4-channel, or a recipe (FILE.toml)
+    /// Language part: none, int8, int4 (-gN, -channel), int4-mse, int4-awq, int8-sq, int8-sq-token ..., or a recipe
+    /// (FILE.toml)
     #[arg(long, default_value = "none")]
     pub quant: String,
     /// Vision part and projector, likewise
     #[arg(long, default_value = "none")]
     pub vision_quant: String,
+    /// Statistics that `calibrate` wrote: int4-awq, int8-awq and int8-sq need them
+    #[arg(long, value_name = "STATS")]
+    pub calibration: Option<PathBuf>,
     /// Ranks of tensor parallelism
     #[arg(long, default_value_t = 1)]
     pub tp: usize,
@@ -154,6 +164,42 @@ pub struct BuildArgs {
 pub struct PlanArgs {
     #[command(flatten)]
     pub options: ModelOptions,
+}
+
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// As `build` takes it
+    pub model: String,
+    #[arg(long, value_name = "MODEL")]
+    pub language: Option<String>,
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<String>,
+    /// Prose (.txt), lines of JSON with `prompt`, `answer` and `image`, or `text` (.jsonl), a folder of both, or pictures
+    /// with --references and --task, as `eval pictures` takes them
+    #[arg(long, value_name = "FILE_OR_DIR")]
+    pub data: PathBuf,
+    #[arg(long, value_name = "FILE")]
+    pub references: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    pub task: Option<PathBuf>,
+    /// The file of statistics to write; a run that was cut off goes on
+    #[arg(short, long, value_name = "STATS")]
+    pub output: PathBuf,
+    /// Type of the networks, which must be the build's
+    #[arg(long, default_value = "auto", value_parser = dtype)]
+    pub dtype: DTypeChoice,
+    /// Samples at most
+    #[arg(long, default_value_t = 64)]
+    pub samples: usize,
+    /// Tokens of a window of prose
+    #[arg(long, default_value_t = 512)]
+    pub window: usize,
+    /// Rows kept of each input
+    #[arg(long, default_value_t = 256)]
+    pub rows: usize,
+    /// Samples in memory at once; after as many the file is written
+    #[arg(long, default_value_t = 16)]
+    pub together: usize,
 }
 
 #[derive(Debug, Args)]
@@ -258,7 +304,7 @@ pub struct DemoArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum EvalCommand {
-    /// Perplexity of a text under each scheme
+    /// Perplexity of a text under each scheme, and how far its next tokens are from the unquantized model's
     Text(EvalTextArgs),
     /// Exact match, character error rate and likelihood of answers about pictures under each scheme
     Pictures(EvalPicturesArgs),
@@ -277,6 +323,9 @@ pub struct EvalTextArgs {
     pub window: usize,
     #[arg(long, value_delimiter = ',', default_value = "none")]
     pub quant: Vec<String>,
+    /// Statistics that `calibrate` wrote
+    #[arg(long, value_name = "STATS")]
+    pub calibration: Option<PathBuf>,
     #[arg(long, default_value = "auto", value_parser = dtype)]
     pub dtype: DTypeChoice,
 }
@@ -295,6 +344,9 @@ pub struct EvalPicturesArgs {
     pub task: PathBuf,
     #[arg(long, value_delimiter = ',', default_value = "none")]
     pub quant: Vec<String>,
+    /// Statistics that `calibrate` wrote
+    #[arg(long, value_name = "STATS")]
+    pub calibration: Option<PathBuf>,
     #[arg(long, default_value = "none")]
     pub vision_quant: String,
     /// Only the first pictures
@@ -403,6 +455,7 @@ fn dispatch(command: &Command, printer: &Printer) -> Result<(), Failure> {
     match command {
         Command::Build(args) => commands::build::run(args, printer),
         Command::Plan(args) => commands::plan::run(args, printer),
+        Command::Calibrate(args) => commands::calibrate::run(args, printer),
         Command::Run(args) => commands::run::run(args, printer),
         Command::Verify(args) => commands::verify::run(args, printer),
         Command::Bench(args) => commands::bench::run(args, printer),

@@ -1,11 +1,12 @@
 //! From a checkpoint to networks that a target can take: what `build`, `plan` and `eval` have in common.
+use crate::calibration::{SearchError, Statistics, StatisticsError, Vectors, Wanted, fingerprint};
 use crate::checkpoint::{Checkpoint, Options};
 use crate::engine_dir::{SizeError, SizeRequest, Sizes};
 use crate::passes::{self, PassError, Passed};
 use crate::source::{ModelError, ModelSource};
 use crate::vision_tower;
 use graphs::{DType, Logits};
-use quant::{QuantError, Recipe};
+use quant::{Entry, Method, QuantError, Recipe, Source, SourceError};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,8 @@ pub enum CompileError {
     Pass(#[from] PassError),
     #[error(transparent)]
     Recipe(#[from] QuantError),
+    #[error(transparent)]
+    Statistics(#[from] StatisticsError),
     #[error("--vision-quant is given, but the model has no vision network")]
     NoVision,
     #[error("--tp {0}: tensor parallelism is not built yet, only 1 works")]
@@ -34,6 +37,7 @@ impl CompileError {
             CompileError::Size(error) => error.hint(),
             CompileError::Pass(error) => error.hint(),
             CompileError::Recipe(error) => error.hint(),
+            CompileError::Statistics(error) => error.hint(),
             CompileError::NoVision => Some("leave --vision-quant out".into()),
             CompileError::TensorParallel(_) => None,
         }
@@ -41,6 +45,7 @@ impl CompileError {
 }
 
 /// What is asked for on the command line.
+#[derive(Clone)]
 pub struct Request {
     /// A folder or a hub id.
     pub model: String,
@@ -53,6 +58,8 @@ pub struct Request {
     /// Preset or recipe file of the language network.
     pub quant: String,
     pub vision_quant: String,
+    /// A file that `calibrate` wrote.
+    pub calibration: Option<PathBuf>,
     pub tp: usize,
     pub sizes: SizeRequest,
     pub logits: Logits,
@@ -69,6 +76,8 @@ pub struct Compiled {
     pub networks: Vec<Passed>,
     /// Name of the recipe of each sub-network.
     pub quantization: BTreeMap<String, String>,
+    statistics: Option<Statistics>,
+    vectors: Vectors,
 }
 
 /// Reads headers only; no tensor data is touched.
@@ -123,15 +132,70 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
         let reason = "it matches no layer".to_owned();
         return Err(PassError::Mark { pattern: pattern.clone(), reason }.into());
     }
-    Ok(Compiled { source, dtype, sizes, networks: passed, quantization })
+    let wanted = || passed.iter().flat_map(|passed| &passed.wanted);
+    let statistics = statistics(request, &source, dtype, wanted())?;
+    let vectors = Vectors::new(wanted());
+    Ok(Compiled { source, dtype, sizes, networks: passed, quantization, statistics, vectors })
+}
+
+/// The file of statistics where one is needed: of this model, with all that is wanted in it.
+fn statistics<'w>(
+    request: &Request,
+    source: &ModelSource,
+    dtype: DType,
+    wanted: impl Iterator<Item = &'w Wanted>,
+) -> Result<Option<Statistics>, CompileError> {
+    let inputs: Vec<&str> = wanted.filter_map(Wanted::input).collect();
+    if inputs.is_empty() {
+        return Ok(None);
+    }
+    let path = request.calibration.as_ref().ok_or(StatisticsError::NoStatistics)?;
+    let statistics = Statistics::open(path)?;
+    statistics.check(&fingerprint(source)?, dtype)?;
+    if let Some(input) = inputs.into_iter().find(|input| !statistics.has(input)) {
+        return Err(StatisticsError::Lacks { path: path.clone(), input: input.into() }.into());
+    }
+    Ok(Some(statistics))
+}
+
+/// The checkpoint's tensors, and the vectors found for its quantization.
+impl Source for Compiled {
+    fn entry(&self, name: &str) -> Option<Entry> {
+        self.vectors.over(&self.source).entry(name)
+    }
+
+    fn read(&self, name: &str, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
+        self.vectors.over(&self.source).read(name, offset, buffer)
+    }
 }
 
 impl Compiled {
+    /// Number of vectors that [`Self::search`] finds.
+    pub fn searches(&self) -> usize {
+        self.networks.iter().map(|passed| passed.wanted.len()).sum()
+    }
+
+    /// Takes over what was found for the same quantization.
+    pub fn take_vectors(&mut self, other: Compiled) {
+        self.vectors = other.vectors;
+    }
+
+    /// Finds what smoothing and clipping need; without it only shapes can be asked for. `progress` is told the vectors found
+    /// and their number.
+    ///
+    /// # Errors
+    /// Weights or statistics that cannot be read.
+    pub fn search(&mut self, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<(), SearchError> {
+        let wanted: Vec<&Wanted> = self.networks.iter().flat_map(|passed| &passed.wanted).collect();
+        self.vectors.search(&wanted, &self.source, self.statistics.as_ref(), self.dtype, progress)
+    }
+
     /// The `quantization` object of config.json, in TensorRT-LLM's words where it has them.
     pub fn quantization_config(&self) -> Value {
         use graphs::{Format, Op};
         let language = self.networks.iter().find(|passed| ["language", "decoder"].contains(&&*passed.network.name));
-        let formats = language.into_iter().flat_map(|passed| &passed.assignments).filter_map(|choice| choice.format);
+        let choices = language.into_iter().flat_map(|passed| &passed.assignments);
+        let choices = choices.filter_map(|choice| Some((choice.format?, choice.method)));
         let recipe = self.quantization.get("language").or_else(|| self.quantization.get("decoder"));
         let ops = || language.into_iter().flat_map(|passed| &passed.network.nodes).map(|node| &node.op);
         let rounded = ops().find_map(|op| match op {
@@ -143,19 +207,18 @@ impl Compiled {
         let tool = recipe.map_or("", String::as_str);
         let mut algorithm = Value::Null;
         let mut group = 0;
-        for format in formats {
-            match (format, rounded) {
-                (Format::Int8, None) => algorithm = json!("W8A16"),
-                (Format::Int8, Some(true)) => algorithm = json!("W8A8_SQ_PER_CHANNEL"),
-                (Format::Int8, Some(false)) => algorithm = json!("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"),
-                (Format::Int4 { group: size }, _) => {
-                    algorithm = match tool {
-                        tool if tool.starts_with("gptq") => json!("W4A16_GPTQ"),
-                        tool if tool.starts_with("awq") || prescaled => json!("W4A16_AWQ"),
-                        _ => json!("W4A16"),
-                    };
-                    group = group.max(size);
-                }
+        for (format, method) in choices {
+            algorithm = json!(match (format, rounded) {
+                (Format::Int8, None) => "W8A16",
+                (Format::Int8, Some(true)) => "W8A8_SQ_PER_CHANNEL",
+                (Format::Int8, Some(false)) => "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
+                (Format::Int4 { .. }, _) if tool.starts_with("gptq") => "W4A16_GPTQ",
+                (Format::Int4 { .. }, _) if tool.starts_with("awq") || prescaled || method == Method::Awq =>
+                    "W4A16_AWQ",
+                (Format::Int4 { .. }, _) => "W4A16",
+            });
+            if let Format::Int4 { group: size } = format {
+                group = group.max(size);
             }
         }
         let mut config = json!({ "quant_algo": algorithm, "kv_cache_quant_algo": null, "recipe": recipe });

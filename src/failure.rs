@@ -87,10 +87,15 @@ macro_rules! failure_from {
 }
 
 failure_from! {
+    crate::calibration::GatherError => Exit::Refused,
+    crate::calibration::SearchError => Exit::Refused,
+    crate::calibration::StatisticsError => Exit::Refused,
     crate::compile::CompileError => Exit::Refused,
+    crate::samples::SampleError => Exit::Refused,
     crate::runtime::RuntimeError => Exit::Refused,
     crate::engine_dir::DirectoryError => Exit::Refused,
     crate::processor::ProcessorError => Exit::Refused,
+    crate::score::ScoreError => Exit::Refused,
     crate::source::ModelError => Exit::Refused,
     crate::checkpoint::CheckpointError => Exit::Refused,
     quant::QuantError => Exit::Refused,

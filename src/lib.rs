@@ -3,6 +3,7 @@
 pub mod assemble;
 pub mod backend;
 pub mod builder;
+pub mod calibration;
 pub mod checkpoint;
 pub mod cli;
 pub mod commands;
@@ -19,7 +20,10 @@ pub mod processor;
 mod random;
 pub mod report;
 pub mod runtime;
+pub mod samples;
+pub mod score;
 pub mod source;
 pub mod synth;
+pub mod teach;
 pub mod verify;
 pub mod vision_tower;

@@ -294,7 +294,7 @@ impl Source for ModelSource {
 
 /// Weights of a checkpoint as the interpreter wants them: what an engine of `compute` type would hold, in f32.
 pub struct CheckpointValues<'s> {
-    pub source: &'s ModelSource,
+    pub source: &'s dyn Source,
     pub compute: DType,
 }
 

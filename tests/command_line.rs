@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-const COMMANDS: [&str; 10] = ["build", "plan", "run", "verify", "bench", "inspect", "synth", "backend", "demo", "eval"];
+const COMMANDS: [&str; 11] =
+    ["build", "plan", "calibrate", "run", "verify", "bench", "inspect", "synth", "backend", "demo", "eval"];
 
 /// The program with the user's own settings taken away.
 fn shell(arguments: &[&str]) -> Command {
@@ -51,6 +52,7 @@ const WRONG: &[(&[&str], &str)] = &[
     (&["plan", "model", "--output", "out"], "unexpected argument '--output'"),
     (&["plan", "model", "other"], "unexpected argument 'other'"),
     (&["plan", "model", "--quantt", "int4"], "a similar argument exists: '--quant'"),
+    (&["calibrate", "model", "-o", "stats"], "--data <FILE_OR_DIR>"),
     (&["run", "directory"], "--prompt <TEXT>"),
     (&["run", "--prompt", "text"], "<DIRECTORY>"),
     (&["run", "directory", "--image"], "a value is required for '--image <FILE>...'"),

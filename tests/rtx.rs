@@ -46,6 +46,24 @@ fn every_type_and_scheme_builds() {
 }
 
 #[test]
+fn calibrated_schemes_build() {
+    let root = tempfile::tempdir().unwrap();
+    let prose = root.path().join("prose.txt");
+    std::fs::write(&prose, "the quick brown fox jumps over the lazy dog ".repeat(8)).unwrap();
+    let statistics = root.path().join("statistics");
+    let (model, data, statistics) = (fixture("llava-hf"), prose.to_str().unwrap(), statistics.to_str().unwrap());
+    let model_name = model.to_str().unwrap();
+    succeed(&["calibrate", model_name, "--data", data, "-o", statistics, "-q", "--dtype", "float16", "--window", "8"]);
+    for quant in ["int8-sq", "int8-sq-token", "int8-absmax", "int4-awq-g16", "int8-awq", "int4-mse-g16"] {
+        let output = root.path().join(quant);
+        let flags = ["--dtype", "float16", "--quant", quant, "--calibration", statistics, "--gpu", "sm89,sm120"];
+        build(&model, &output, &flags);
+        assert_eq!(manifest(&output)["targets"]["rtx"]["gpus"], json!(["sm89", "sm120"]), "{quant}");
+        assert_eq!(manifest(&output)["quantization"]["language"], json!(quant));
+    }
+}
+
+#[test]
 fn blip2_and_opt_alone_build() {
     let root = tempfile::tempdir().unwrap();
     for (dtype, quant, vision) in

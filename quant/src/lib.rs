@@ -1,5 +1,7 @@
 //! Quantization recipes, round to nearest, packing, and materializing weight expressions from a checkpoint.
+pub mod awq;
 mod check;
+mod clip;
 mod convert;
 mod error;
 mod materialize;
@@ -9,17 +11,37 @@ mod plain;
 mod pool;
 mod recipe;
 mod round;
+mod rounded;
+mod smooth;
 mod source;
+mod statistics;
 mod store;
 mod strip;
 
+pub use clip::clip;
 pub use convert::{from_f32, to_f32};
 pub use error::QuantError;
 pub use materialize::{Stored, materialize, materialize_f32, materialize_with};
 pub use pack::{pack, unpack};
 pub use pool::Pool;
-pub use recipe::{Assignment, Recipe, assign, path_glob};
+pub use recipe::{Assignment, Method, Recipe, assign, path_glob};
+pub use rounded::round_to_nearest;
+pub use smooth::{ALPHAS, Smoothed, activation_scale, join_column_absmax, smooth};
 pub use source::{Entry, MemorySource, Source, SourceError};
+pub use statistics::{Gathered, InputStatistics};
 pub use store::{Layout, Place, StoreSummary, StoredWeights, layout, scale_key, store_weights};
-/// Names of the built-in recipes; besides them `int4-gN` takes groups of N and `int4-channel` none.
-pub const PRESETS: [&str; 3] = ["none", "int8", "int4"];
+/// Names of the built-in recipes; besides them `int4-gN`, `int4-mse-gN` and `int4-awq-gN` take groups of N, and
+/// `int4-channel` none.
+pub const PRESETS: [&str; 11] = [
+    "none",
+    "int8",
+    "int4",
+    "int8-mse",
+    "int4-mse",
+    "int8-awq",
+    "int4-awq",
+    "int8-sq",
+    "int8-sq-token",
+    "int8-absmax",
+    "int8-absmax-token",
+];

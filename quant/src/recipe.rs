@@ -34,18 +34,56 @@ struct Rule {
 
 enum Choice {
     None,
-    Int8,
+    Int8(Method),
     /// The first of these groups that divides the layer's width; empty for one group per output channel.
     Int4 {
+        method: Method,
         groups: Vec<usize>,
     },
 }
 
+/// How a layer is brought to its format.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Method {
+    /// Scales are the largest magnitudes'.
+    #[default]
+    Nearest,
+    /// Scales that lose least of the weights.
+    Mse,
+    /// AWQ: activations say which channels matter.
+    Awq,
+    /// SmoothQuant: the inputs are INT8 too. Without an `alpha` that which loses least is searched for.
+    Smooth { alpha: Option<f32>, per_token: bool },
+    /// Inputs are INT8 by their largest magnitude.
+    Absmax { per_token: bool },
+}
+
+impl Method {
+    /// Whether it needs to have seen the layers' inputs.
+    pub fn needs_statistics(self) -> bool {
+        !matches!(self, Method::Nearest | Method::Mse | Method::Absmax { per_token: true })
+    }
+
+    /// Whether factors move between a layer and what is before it.
+    pub fn scales_inputs(self) -> bool {
+        matches!(self, Method::Awq | Method::Smooth { .. })
+    }
+
+    /// Whether inputs are quantized, and then whether each token by itself.
+    pub fn quantizes_inputs(self) -> Option<bool> {
+        match self {
+            Method::Smooth { per_token, .. } | Method::Absmax { per_token } => Some(per_token),
+            Method::Nearest | Method::Mse | Method::Awq => None,
+        }
+    }
+}
+
 /// What was chosen for one layer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Assignment {
     pub path: String,
     pub format: Option<Format>,
+    pub method: Method,
     /// Number of the deciding rule, from 0.
     pub rule: Option<usize>,
     /// What differs from the rule's word, and why.
@@ -69,14 +107,56 @@ struct RuleText {
     group: Option<Spanned<usize>>,
     #[serde(default)]
     fallback: Vec<Spanned<usize>>,
+    /// Of SmoothQuant.
+    alpha: Option<Spanned<f32>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 enum FormatText {
     None,
     Int8,
     Int4,
+    Int8Mse,
+    Int4Mse,
+    Int8Awq,
+    Int4Awq,
+    Int8Sq,
+    Int8SqToken,
+    Int8Absmax,
+    Int8AbsmaxToken,
+}
+
+impl FormatText {
+    fn choice(self, groups: Vec<usize>, alpha: Option<f32>) -> Choice {
+        let int4 = |method| Choice::Int4 { method, groups: groups.clone() };
+        match self {
+            FormatText::None => Choice::None,
+            FormatText::Int8 => Choice::Int8(Method::Nearest),
+            FormatText::Int8Mse => Choice::Int8(Method::Mse),
+            FormatText::Int8Awq => Choice::Int8(Method::Awq),
+            FormatText::Int8Sq => Choice::Int8(Method::Smooth { alpha, per_token: false }),
+            FormatText::Int8SqToken => Choice::Int8(Method::Smooth { alpha, per_token: true }),
+            FormatText::Int8Absmax => Choice::Int8(Method::Absmax { per_token: false }),
+            FormatText::Int8AbsmaxToken => Choice::Int8(Method::Absmax { per_token: true }),
+            FormatText::Int4 => int4(Method::Nearest),
+            FormatText::Int4Mse => int4(Method::Mse),
+            FormatText::Int4Awq => int4(Method::Awq),
+        }
+    }
+
+    fn has_groups(self) -> bool {
+        matches!(self, FormatText::Int4 | FormatText::Int4Mse | FormatText::Int4Awq)
+    }
+
+    fn has_alpha(self) -> bool {
+        matches!(self, FormatText::Int8Sq | FormatText::Int8SqToken)
+    }
+
+    fn parse(word: &str) -> Option<FormatText> {
+        use serde::de::IntoDeserializer;
+        FormatText::deserialize(IntoDeserializer::<serde::de::value::Error>::into_deserializer(word)).ok()
+    }
 }
 
 impl Recipe {
@@ -96,17 +176,19 @@ impl Recipe {
         Recipe::parse(&text, name)
     }
 
-    /// `none`, `int8`, `int4` (groups of 128, smaller where that does not divide), `int4-gN` (groups of N),
-    /// `int4-channel` (one scale per output). All leave the head as it is.
+    /// A format's word (`int4` in groups of 128, smaller where that does not divide); `WORD-gN` for groups of N and
+    /// `WORD-channel` for one scale per output where the word is one of INT4. All leave the head as it is.
     pub fn preset(name: &str) -> Option<Recipe> {
-        let choice = match name {
-            "none" => Choice::None,
-            "int8" => Choice::Int8,
-            "int4" => Choice::Int4 { groups: [&[128][..], &FALLBACK].concat() },
-            "int4-channel" => Choice::Int4 { groups: Vec::new() },
-            _ => {
-                let group = name.strip_prefix("int4-g")?.parse().ok().filter(|&group| valid_group(group))?;
-                Choice::Int4 { groups: vec![group] }
+        let choice = match FormatText::parse(name) {
+            Some(format) => format.choice([&[128][..], &FALLBACK].concat(), None),
+            None => {
+                let (word, groups) = name.rsplit_once('-')?;
+                let groups = match groups.strip_prefix('g') {
+                    _ if groups == "channel" => Vec::new(),
+                    Some(group) => vec![group.parse().ok().filter(|&group| valid_group(group))?],
+                    None => return None,
+                };
+                FormatText::parse(word).filter(|format| format.has_groups())?.choice(groups, None)
             }
         };
         let rule = |pattern: &str, choice| Some(Rule { pattern: pattern.into(), glob: glob(pattern).ok()?, choice });
@@ -120,7 +202,7 @@ impl Recipe {
         let fail = |message: String| QuantError::Recipe { file: origin.into(), message };
         let parsed: RecipeText = toml::from_str(text).map_err(|error| fail(error.to_string().trim().to_owned()))?;
         let rule = |(number, rule): (usize, RuleText)| {
-            let RuleText { pattern, format, group, fallback } = rule;
+            let RuleText { pattern, format, group, fallback, alpha } = rule;
             let place = pattern.span().start;
             let pattern = pattern.into_inner();
             let fail = |place: usize, reason: String| {
@@ -128,21 +210,20 @@ impl Recipe {
             };
             let groups: Vec<Spanned<usize>> = group.into_iter().collect();
             let given = groups.iter().chain(&fallback);
-            if let (true, Some(group)) = (format != FormatText::Int4, given.clone().next()) {
+            if let (false, Some(group)) = (format.has_groups(), given.clone().next()) {
                 return Err(fail(group.span().start, "only `int4` has groups".into()));
+            }
+            if let Some(alpha) = alpha.iter().find(|alpha| !format.has_alpha() || !(0.0..=1.0).contains(alpha.as_ref()))
+            {
+                return Err(fail(alpha.span().start, "`alpha` is SmoothQuant's, from 0 to 1".into()));
             }
             if let Some(group) = given.clone().find(|group| !valid_group(*group.as_ref())) {
                 let reason = format!("group {}: wanted a multiple of 16 up to 65536", group.as_ref());
                 return Err(fail(group.span().start, reason));
             }
             let first = groups.first().map_or(128, |group| *group.as_ref());
-            let choice = match format {
-                FormatText::None => Choice::None,
-                FormatText::Int8 => Choice::Int8,
-                FormatText::Int4 => Choice::Int4 {
-                    groups: std::iter::once(first).chain(fallback.iter().map(|group| *group.as_ref())).collect(),
-                },
-            };
+            let groups = std::iter::once(first).chain(fallback.iter().map(|group| *group.as_ref())).collect();
+            let choice = format.choice(groups, alpha.map(Spanned::into_inner));
             let glob = glob(&pattern).map_err(|error| fail(place, error.kind().to_string()))?;
             Ok(Rule { pattern, glob, choice })
         };
@@ -199,8 +280,12 @@ pub fn assign<'a>(
             Some((_, rule)) => choose(recipe, rule, path, outputs, inputs)?,
             None => (None, None),
         };
+        let method = match first.map(|(_, rule)| &rule.choice) {
+            Some(Choice::Int8(method) | Choice::Int4 { method, .. }) if format.is_some() => *method,
+            _ => Method::Nearest,
+        };
         let rule = first.map(|(number, _)| number);
-        assignments.push(Assignment { path: path.into(), format, rule, note });
+        assignments.push(Assignment { path: path.into(), format, method, rule, note });
     }
     let unused = used.iter().position(|used| !used).filter(|_| !recipe.preset);
     if let Some(rule) = unused {
@@ -223,8 +308,8 @@ type Chosen = (Option<Format>, Option<String>);
 fn choose(recipe: &Recipe, rule: &Rule, path: &str, outputs: usize, inputs: usize) -> Result<Chosen, QuantError> {
     let groups = match &rule.choice {
         Choice::None => return Ok((None, None)),
-        Choice::Int8 => return Ok((Some(Format::Int8), None)),
-        Choice::Int4 { groups } => groups,
+        Choice::Int8(_) => return Ok((Some(Format::Int8), None)),
+        Choice::Int4 { groups, .. } => groups,
     };
     if !outputs.is_multiple_of(2) {
         let note = format!("kept: {outputs} outputs, int4 wants an even number");
@@ -257,7 +342,7 @@ fn nearest(pattern: &str, assignments: &[Assignment]) -> Option<String> {
 
 /// Names for messages.
 pub(crate) fn preset_names() -> String {
-    format!("{}, int4-channel, int4-gN", PRESETS.join(", "))
+    format!("{}, int4-channel, int4-gN (int4-awq-gN, ...)", PRESETS.join(", "))
 }
 
 #[cfg(test)]
@@ -288,6 +373,30 @@ mod tests {
         assert_eq!(notes[0].note.as_deref(), Some("group 64: 128 does not divide 576"));
         assert_eq!(notes[2].note.as_deref(), Some("kept: 7 outputs, int4 wants an even number"));
         assert!(["int5", "int4-g", "int4-g7", "int4-g0"].into_iter().all(|name| Recipe::preset(name).is_none()));
+    }
+
+    #[test]
+    fn methods_come_with_the_words() {
+        let methods = |recipe: &Recipe| -> Vec<Method> {
+            assign(recipe, LAYERS.into_iter()).unwrap().into_iter().map(|choice| choice.method).collect()
+        };
+        let of = |name: &str| methods(&Recipe::preset(name).unwrap());
+        let (near, smooth) = (Method::Nearest, Method::Smooth { alpha: None, per_token: true });
+        assert_eq!(of("int4-awq"), [Method::Awq, Method::Awq, near, near], "none where a layer is kept");
+        assert_eq!(of("int8-sq-token"), [smooth, smooth, smooth, near]);
+        assert_eq!(of("int4-mse-g64")[0], Method::Mse);
+        assert_eq!(formats(&Recipe::preset("int4-awq-g64").unwrap()), formats(&Recipe::preset("int4-g64").unwrap()));
+        assert!(
+            ["int8-g64", "int8-sq-g64", "int4-awq-g7", "awq"].into_iter().all(|name| Recipe::preset(name).is_none())
+        );
+        let rule = |rest: &str| Recipe::parse(&format!("name = 'x'\n[[rule]]\nmatch = '**'\n{rest}"), "r.toml");
+        let fixed = rule("format = 'int8-sq'\nalpha = 0.85").unwrap();
+        assert_eq!(methods(&fixed)[0], Method::Smooth { alpha: Some(0.85), per_token: false });
+        for refused in
+            ["format = 'int8'\nalpha = 0.5", "format = 'int8-sq'\nalpha = 1.5", "format = 'int8-sq'\ngroup = 64"]
+        {
+            assert!(rule(refused).is_err(), "{refused}");
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub(super) fn request(options: &ModelOptions) -> Request {
         dtype: options.dtype.0,
         quant: options.quant.clone(),
         vision_quant: options.vision_quant.clone(),
+        calibration: options.calibration.clone(),
         tp: options.tp,
         sizes: SizeRequest {
             max_batch_size: options.max_batch_size,
@@ -86,10 +87,11 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Ve
     let options = &args.options;
     let engines = engine_target(args)?;
     let request = Request { dump: args.dump.clone(), marks: args.mark.clone(), ..request(options) };
-    let compiled = compile_reported(&request, printer)?;
+    let mut compiled = compile_reported(&request, printer)?;
     if options.target.contains(&Target::Rtx) {
         check_gpus(&compiled, &gpus(options))?;
     }
+    search(&mut compiled, printer)?;
     let interrupted = on_interrupt()?;
     let program = std::env::current_exe().map_err(|error| Failure::of(Exit::Environment, &error))?;
     let supervisor = Supervisor {
@@ -153,6 +155,17 @@ pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<C
     Ok(compiled)
 }
 
+/// Finds the vectors of calibrated quantization.
+pub(super) fn search(compiled: &mut Compiled, printer: &Printer) -> Result<(), Failure> {
+    let searches = compiled.searches();
+    if searches > 0 {
+        let bar = printer.progress("Searching", "scales", searches as u64);
+        compiled.search(&|done, total| bar.set(done, total))?;
+        printer.finish(bar, "Searching", &format!("{searches} vectors of scales"));
+    }
+    Ok(())
+}
+
 /// What TensorRT-RTX would say only after minutes: Turing has no kernels for INT4 nor for bfloat16.
 fn check_gpus(compiled: &Compiled, gpus: &[u32]) -> Result<(), Failure> {
     let formats = compiled.networks.iter().flat_map(|passed| &passed.assignments).filter_map(|choice| choice.format);
@@ -206,6 +219,9 @@ fn command(args: &BuildArgs) -> String {
         " --dtype {dtype} --quant {} --vision-quant {} --max-batch-size {}",
         options.quant, options.vision_quant, options.max_batch_size
     );
+    if options.calibration.is_some() {
+        text += " --calibration STATISTICS";
+    }
     let sizes = [
         ("--max-input-len", options.max_input_len),
         ("--max-output-len", options.max_output_len),

@@ -96,6 +96,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
             dtype: DTypeChoice(Some(graphs::DType::Float16)),
             quant: quant.to_owned(),
             vision_quant: "none".to_owned(),
+            calibration: None,
             tp: 1,
             max_batch_size: 1,
             max_input_len: None,

@@ -2,6 +2,7 @@
 pub mod backend;
 pub mod bench;
 pub mod build;
+pub mod calibrate;
 pub mod demo;
 pub mod eval;
 pub mod inspect;

@@ -92,7 +92,7 @@ fn rows(compiled: &Compiled, passed: &Passed) -> Result<Vec<Row>, Failure> {
         if !seen.insert(weight.key()) {
             continue;
         }
-        let parts = quant::layout(weight, &compiled.source, compiled.dtype)?;
+        let parts = quant::layout(weight, compiled, compiled.dtype)?;
         let name = |name: &str| compiled.source.tensor(name).map_or(name, |(stored, _)| stored).to_owned();
         let shown = |part: &Layout| format!("{} {:?}", part.dtype, part.shape);
         let note = notes.get(node.path.as_str()).map(|note| (*note).clone());

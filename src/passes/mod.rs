@@ -3,12 +3,15 @@ mod mark;
 mod prequantized;
 mod quantize;
 mod shard;
+mod smooth;
 
 pub use mark::MARK;
 
+use crate::calibration::Wanted;
 use crate::checkpoint::QuantizedLinear;
-use graphs::{Format, GraphError, Network};
+use graphs::{Format, GraphError, Network, Op, Weight};
 use quant::{Assignment, QuantError, Recipe};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -74,6 +77,10 @@ pub struct Passed {
     pub assignments: Vec<Assignment>,
     /// For each result marked, the pattern that named it.
     pub marked: Vec<String>,
+    /// Vectors that weights name and that are still to be found.
+    pub wanted: Vec<Wanted>,
+    /// For layers with scaled or quantized inputs the name of the input's statistics, and what it is divided by.
+    inputs: HashMap<String, (String, Option<Weight>)>,
 }
 
 type Pass = fn(Passed, &Plan<'_>) -> Result<Passed, PassError>;
@@ -81,6 +88,7 @@ type Pass = fn(Passed, &Plan<'_>) -> Result<Passed, PassError>;
 /// THE list of passes, in order.
 const PASSES: &[(&str, Pass)] = &[
     ("prequantized", prequantized::prequantized),
+    ("smooth", smooth::smooth),
     ("quantize", quantize::quantize),
     ("shard", shard::shard),
     ("mark", mark::mark),
@@ -91,7 +99,9 @@ const PASSES: &[(&str, Pass)] = &[
 /// # Errors
 /// The first pass that fails, or whose result the verifier refuses.
 pub fn run(network: Network, plan: &Plan<'_>) -> Result<Passed, PassError> {
-    let mut passed = Passed { network, assignments: Vec::new(), marked: Vec::new() };
+    let assignments = assign(&network, plan.recipe)?;
+    let (marked, wanted, inputs) = (Vec::new(), Vec::new(), HashMap::new());
+    let mut passed = Passed { network, assignments, marked, wanted, inputs };
     for (number, (name, pass)) in PASSES.iter().enumerate() {
         passed = pass(passed, plan)?;
         graphs::verify(&passed.network).map_err(|source| PassError::Broken { pass: name, source })?;
@@ -103,4 +113,15 @@ pub fn run(network: Network, plan: &Plan<'_>) -> Result<Passed, PassError> {
         }
     }
     Ok(passed)
+}
+
+fn assign(network: &Network, recipe: &Recipe) -> Result<Vec<Assignment>, PassError> {
+    let linears = network.nodes.iter().filter_map(|node| match &node.op {
+        Op::Linear { weight, .. } => match weight.shape()[..] {
+            [out, width] => Some((node.path.as_str(), out, width)),
+            _ => None,
+        },
+        _ => None,
+    });
+    quant::assign(recipe, linears).map_err(|source| PassError::Quantize { network: network.name.clone(), source })
 }

@@ -2,7 +2,8 @@
 //! the file says, and where zero points are not in the middle the missing part of the product is added.
 use super::{PassError, Passed, Plan};
 use crate::checkpoint::{InputScale, QuantizedLinear};
-use graphs::{BinaryKind, Dim, Network, Node, NodeId, Op, Split, Type, Weight};
+use graphs::{BinaryKind, Dim, Format, Network, Node, NodeId, Op, Split, Type, Weight};
+use quant::Method;
 use std::collections::{HashMap, HashSet};
 
 pub(super) fn prequantized(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed, PassError> {
@@ -37,7 +38,26 @@ pub(super) fn prequantized(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed
     }
     let outputs = outputs.into_iter().map(|(name, id)| (name, moved[id.0])).collect();
     passed.network = Network { name, dtype, nodes: writer.nodes, outputs };
+    keep(&mut passed, plan)?;
     Ok(passed)
+}
+
+/// Lets the recipe's choices say what the checkpoint holds, where they do not contradict it.
+fn keep(passed: &mut Passed, plan: &Plan<'_>) -> Result<(), PassError> {
+    let held = |node: &Node| match &node.op {
+        Op::Linear { weight, .. } => Some((node.path.clone(), weight.format()?)),
+        _ => None,
+    };
+    let held: HashMap<String, Format> = passed.network.nodes.iter().filter_map(held).collect();
+    for choice in &mut passed.assignments {
+        let Some(&found) = held.get(&choice.path) else { continue };
+        if let Some(wanted) = choice.format.filter(|wanted| *wanted != found) {
+            let (recipe, path) = (plan.recipe.name.clone(), choice.path.clone());
+            return Err(PassError::Contradiction { recipe, path, wanted, found });
+        }
+        (choice.format, choice.method) = (Some(found), Method::Nearest);
+    }
+    Ok(())
 }
 
 struct Writer {

@@ -1,42 +1,39 @@
-//! Weight-only quantization: wraps the weights of the layers that the recipe names; the network's shape is unchanged.
+//! Wraps the weights of the layers that the recipe names; the network's shape is unchanged.
 use super::{PassError, Passed, Plan};
-use graphs::Op;
+use crate::calibration::Wanted;
+use graphs::{Op, Weight};
+use quant::Method;
 use std::collections::HashMap;
 
-pub(super) fn quantize(mut passed: Passed, plan: &Plan<'_>) -> Result<Passed, PassError> {
+pub(super) fn quantize(mut passed: Passed, _: &Plan<'_>) -> Result<Passed, PassError> {
     let network = &mut passed.network;
-    // Parts of layers that the checkpoint holds quantized have paths below theirs, and are never quantized.
-    let linears = network.nodes.iter().filter_map(|node| match &node.op {
-        Op::Linear { weight, .. } if !node.path.contains('/') => match weight.shape()[..] {
-            [out, width] => Some((node.path.as_str(), out, width)),
-            _ => None,
-        },
-        _ => None,
-    });
-    passed.assignments = quant::assign(plan.recipe, linears)
-        .map_err(|source| PassError::Quantize { network: network.name.clone(), source })?;
-    let held: HashMap<&str, _> = network
-        .nodes
+    let chosen: HashMap<&str, _> = passed
+        .assignments
         .iter()
-        .filter(|node| matches!(node.op, Op::Linear { .. }))
-        .filter_map(|node| Some((node.path.as_str(), node.op.weights().first()?.format()?)))
+        .filter_map(|choice| Some((choice.path.as_str(), (choice.format?, choice.method))))
         .collect();
-    for choice in &mut passed.assignments {
-        let Some(&found) = held.get(choice.path.as_str()) else { continue };
-        if let Some(wanted) = choice.format.filter(|wanted| *wanted != found) {
-            let (recipe, path) = (plan.recipe.name.clone(), choice.path.clone());
-            return Err(PassError::Contradiction { recipe, path, wanted, found });
-        }
-        choice.format = Some(found);
-    }
-    let formats: HashMap<&str, _> =
-        passed.assignments.iter().filter_map(|choice| Some((choice.path.as_str(), choice.format?))).collect();
     for node in &mut network.nodes {
-        if let (Op::Linear { weight, .. }, Some(&format)) = (&mut node.op, formats.get(node.path.as_str()))
-            && weight.format().is_none()
-        {
-            *weight = weight.clone().packed(format);
+        let (Op::Linear { weight, .. }, Some(&(format, method))) = (&mut node.op, chosen.get(node.path.as_str()))
+        else {
+            continue;
+        };
+        // What the checkpoint holds quantized stays so.
+        if weight.format().is_some() {
+            continue;
         }
+        let input = match method {
+            Method::Mse => None,
+            Method::Awq => passed.inputs.get(&node.path).cloned(),
+            Method::Nearest | Method::Smooth { .. } | Method::Absmax { .. } => {
+                *weight = weight.clone().packed(format);
+                continue;
+            }
+        };
+        let &[out, width] = &weight.shape()[..] else { continue };
+        let name = format!("scales:{}/{}", network.name, node.path);
+        let scales = Weight::tensor(name.clone(), &format.scale_shape(out, width));
+        passed.wanted.push(Wanted::Scales { name, of: weight.clone(), format, input });
+        *weight = Weight::Packed { format, scales: Some(Box::new(scales)), of: Box::new(weight.clone()) };
     }
     Ok(passed)
 }

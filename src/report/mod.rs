@@ -126,8 +126,9 @@ impl Printer {
     pub fn progress(&self, verb: &str, text: &str, total: u64) -> Progress {
         let bar = self.bar.then(|| {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-            let style =
-                ProgressStyle::with_template("{prefix:>12.bold.green} {msg} [{bar:30}] {percent:>3}% {elapsed}");
+            let style = ProgressStyle::with_template(
+                "{prefix:>12.bold.green} {msg} [{bar:30}] {percent:>3}% {elapsed}, {eta} left",
+            );
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
             bar.set_prefix(verb.to_owned());
             bar.set_message(text.to_owned());

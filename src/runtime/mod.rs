@@ -4,6 +4,7 @@ mod session;
 mod tensorrt;
 
 pub use reference::{NETWORK, Reference, WEIGHTS};
+pub(crate) use session::prompt_settings;
 pub use session::{Answer, AnswerOptions, Ask, Session, Timings};
 pub use tensorrt::{Tensorrt, Work, layers};
 

@@ -167,19 +167,13 @@ impl Session {
     }
 
     fn prompt(&self, ask: &Ask<'_>, first_picture: usize, chat: bool) -> Result<Vec<i32>, RuntimeError> {
-        let config = &self.config.pretrained_config;
-        let multimodal = config.multimodal;
-        let settings = PromptSettings {
-            template: multimodal.map_or(PromptTemplate::Plain, |multimodal| multimodal.prompt_template),
-            image_token_id: multimodal.and_then(|multimodal| multimodal.image_token_id).map(|id| id as u32),
-            features_per_picture: multimodal.map_or(0, |multimodal| multimodal.num_visual_features),
-            vocabulary: config.vocab_size as u32,
-            maximum_length: Some(self.config.build_config.max_input_len),
-        };
+        let settings = prompt_settings(&self.config);
         let pictures = ask.pictures.len();
         if self.config.reads_pages() && !chat {
             return match (ask.prompt.trim(), pictures) {
-                ("", 1) => Ok(config.decoder_start_token_id.iter().map(|&id| id as i32).collect()),
+                ("", 1) => {
+                    Ok(self.config.pretrained_config.decoder_start_token_id.iter().map(|&id| id as i32).collect())
+                }
                 ("", found) => Err(RuntimeError::OnePicture { found }),
                 _ => Err(RuntimeError::NoPrompt { prompt: ask.prompt.to_owned() }),
             };
@@ -203,5 +197,18 @@ impl Session {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// What an engine's config says about prompts.
+pub(crate) fn prompt_settings(config: &EngineConfig) -> PromptSettings {
+    let EngineConfig { pretrained_config, build_config, .. } = config;
+    let multimodal = pretrained_config.multimodal;
+    PromptSettings {
+        template: multimodal.map_or(PromptTemplate::Plain, |multimodal| multimodal.prompt_template),
+        image_token_id: multimodal.and_then(|multimodal| multimodal.image_token_id).map(|id| id as u32),
+        features_per_picture: multimodal.map_or(0, |multimodal| multimodal.num_visual_features),
+        vocabulary: pretrained_config.vocab_size as u32,
+        maximum_length: Some(build_config.max_input_len),
     }
 }

@@ -2,7 +2,7 @@
 use rayon::prelude::*;
 
 /// `a [m, k]` times `b`, which is `[k, n]`, or `[n, k]` where `transposed`; result `[m, n]`, all row-major.
-pub(super) fn multiply(a: &[f32], b: &[f32], [m, k, n]: [usize; 3], transposed: bool, parallel: bool) -> Vec<f32> {
+pub fn multiply(a: &[f32], b: &[f32], [m, k, n]: [usize; 3], transposed: bool, parallel: bool) -> Vec<f32> {
     assert_eq!(a.len(), m * k, "left operand");
     assert_eq!(b.len(), k * n, "right operand");
     let mut c = vec![0.0f32; m * n];

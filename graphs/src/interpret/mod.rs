@@ -7,15 +7,18 @@ mod attention;
 mod collective;
 mod kernels;
 mod matmul;
+mod sweep;
 
 use crate::{Axis, Cache, DType, Dim, Network, Node, NodeId, Op, Weight};
 pub use array::{Array, Data};
 use attention::Bias;
 pub use collective::{Collective, Group, Member};
+pub use matmul::multiply;
 use rayon::prelude::*;
 use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+pub use sweep::{Seen, sweep};
 use thiserror::Error;
 
 /// Where weights come from; values are dequantized, row-major, of the weight's logical shape.
@@ -59,6 +62,12 @@ impl Caches {
         };
         Caches { slots: network.caches().into_iter().map(slot).collect(), batch, rows }
     }
+
+    /// The empty cache of one attention layer alone.
+    fn of(node: &Node, batch: usize, rows: usize) -> Caches {
+        let nodes = vec![node.clone()];
+        Caches::new(&Network { name: String::new(), dtype: node.ty.dtype, nodes, outputs: Vec::new() }, batch, rows)
+    }
 }
 
 /// Sees each node's result as it is computed.
@@ -67,7 +76,7 @@ pub type Tap<'t> = &'t mut dyn FnMut(&Node, &Array);
 /// A network with its weights in memory.
 pub struct Interpreter {
     network: Network,
-    weights: HashMap<String, Arc<[f32]>>,
+    weights: Weights,
     /// For each node the position of its last reader, after which its value is dropped.
     last_use: Vec<usize>,
     /// The ranks that a divided network works with.
@@ -82,31 +91,8 @@ impl Interpreter {
     /// # Errors
     /// The first weight that cannot be read or has the wrong size.
     pub fn new(network: Network, source: &dyn Values) -> Result<Interpreter, InterpretError> {
-        let mut wanted: BTreeMap<String, (&Node, &Weight)> = BTreeMap::new();
-        for (node, weight) in network.weights() {
-            wanted.insert(weight.key(), (node, weight));
-        }
-        let weights = wanted
-            .into_par_iter()
-            .map(|(key, (node, weight))| {
-                let path = || node.path.clone();
-                let values = source.values(weight).map_err(|source| InterpretError::Weight { path: path(), source })?;
-                if values.len() != weight.count() {
-                    let (wanted, found) = (weight.count(), values.len());
-                    return Err(InterpretError::WeightSize { path: path(), wanted, found });
-                }
-                Ok((key, values.into()))
-            })
-            .collect::<Result<_, _>>()?;
-        let mut last_use: Vec<usize> = (0..network.nodes.len()).collect();
-        for (position, node) in network.nodes.iter().enumerate() {
-            for input in &node.inputs {
-                last_use[input.0] = position;
-            }
-        }
-        for (_, id) in &network.outputs {
-            last_use[id.0] = usize::MAX;
-        }
+        let weights = Weights::load(network.weights(), source)?;
+        let last_use = last_use(&network);
         Ok(Interpreter { network, weights, last_use, collective: None, rounded: false })
     }
 
@@ -136,7 +122,7 @@ impl Interpreter {
         caches: &mut Caches,
         mut tap: Option<Tap<'_>>,
     ) -> Result<BTreeMap<String, Array>, InterpretError> {
-        let axes = self.bind(inputs)?;
+        let axes = bind(&self.network, inputs)?;
         let mut values: Vec<Option<Array>> = Vec::with_capacity(self.network.nodes.len());
         for (position, node) in self.network.nodes.iter().enumerate() {
             let value = match &node.op {
@@ -162,37 +148,96 @@ impl Interpreter {
         Ok(self.network.outputs.iter().filter_map(output).collect())
     }
 
-    /// Sizes of the named dimensions, taken from the inputs, which must agree.
-    fn bind<K: Borrow<str> + Ord>(&self, inputs: &BTreeMap<K, Array>) -> Result<HashMap<Axis, usize>, InterpretError> {
-        let mut axes = HashMap::new();
-        for node in self.network.inputs() {
-            let wrong =
-                |found: String| InterpretError::Input { name: node.path.clone(), wanted: node.ty.to_string(), found };
-            let array = inputs.get(node.path.as_str()).ok_or_else(|| wrong("nothing".into()))?;
-            let shape = &array.shape;
-            let fits = node.ty.shape.len() == shape.len()
-                && array.len() == shape.iter().product::<usize>()
-                && matches!((&array.data, node.ty.dtype), (Data::Int(_), DType::Int32) | (Data::Float(_), _))
-                && std::iter::zip(&node.ty.shape, shape).all(|(dim, &size)| match dim {
-                    Dim::Fixed(wanted) => *wanted == size,
-                    Dim::Named(axis) => *axes.entry(*axis).or_insert(size) == size,
-                });
-            if !fits {
-                return Err(wrong(format!("{shape:?} with {axes:?}")));
+    fn node(
+        &self,
+        node: &Node,
+        inputs: &[&Array],
+        axes: &HashMap<Axis, usize>,
+        caches: &mut Caches,
+    ) -> Result<Array, String> {
+        match (&node.op, self.collective.as_deref()) {
+            (Op::AllReduce { .. }, Some(collective)) => {
+                let mut data = inputs[0].floats()?.to_vec();
+                collective.all_reduce(&mut data)?;
+                Ok(Array::float(inputs[0].shape.clone(), data))
             }
+            (Op::AllGather { .. }, Some(collective)) => {
+                kernels::beside(inputs[0], &collective.all_gather(inputs[0].floats()?)?)
+            }
+            _ => self.weights.evaluate(node, inputs, axes, caches),
         }
-        Ok(axes)
+    }
+}
+
+/// Sizes of the named dimensions, taken from the inputs, which must agree.
+fn bind<K: Borrow<str> + Ord>(
+    network: &Network,
+    inputs: &BTreeMap<K, Array>,
+) -> Result<HashMap<Axis, usize>, InterpretError> {
+    let mut axes = HashMap::new();
+    for node in network.inputs() {
+        let wrong =
+            |found: String| InterpretError::Input { name: node.path.clone(), wanted: node.ty.to_string(), found };
+        let array = inputs.get(node.path.as_str()).ok_or_else(|| wrong("nothing".into()))?;
+        let shape = &array.shape;
+        let fits = node.ty.shape.len() == shape.len()
+            && array.len() == shape.iter().product::<usize>()
+            && matches!((&array.data, node.ty.dtype), (Data::Int(_), DType::Int32) | (Data::Float(_), _))
+            && std::iter::zip(&node.ty.shape, shape).all(|(dim, &size)| match dim {
+                Dim::Fixed(wanted) => *wanted == size,
+                Dim::Named(axis) => *axes.entry(*axis).or_insert(size) == size,
+            });
+        if !fits {
+            return Err(wrong(format!("{shape:?} with {axes:?}")));
+        }
+    }
+    Ok(axes)
+}
+
+/// For each node the position of its last reader, after which its value is dropped.
+fn last_use(network: &Network) -> Vec<usize> {
+    let mut last_use: Vec<usize> = (0..network.nodes.len()).collect();
+    for (position, node) in network.nodes.iter().enumerate() {
+        for input in &node.inputs {
+            last_use[input.0] = position;
+        }
+    }
+    for (_, id) in &network.outputs {
+        last_use[id.0] = usize::MAX;
+    }
+    last_use
+}
+
+/// Weights in memory, by key.
+struct Weights(HashMap<String, Arc<[f32]>>);
+
+impl Weights {
+    /// Reads every weight once, equal ones shared.
+    fn load<'n>(
+        weights: impl Iterator<Item = (&'n Node, &'n Weight)>,
+        source: &dyn Values,
+    ) -> Result<Weights, InterpretError> {
+        let wanted: BTreeMap<String, _> = weights.map(|(node, weight)| (weight.key(), (node, weight))).collect();
+        let loaded = wanted
+            .into_par_iter()
+            .map(|(key, (node, weight))| {
+                let path = || node.path.clone();
+                let values = source.values(weight).map_err(|source| InterpretError::Weight { path: path(), source })?;
+                if values.len() != weight.count() {
+                    let (wanted, found) = (weight.count(), values.len());
+                    return Err(InterpretError::WeightSize { path: path(), wanted, found });
+                }
+                Ok((key, values.into()))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Weights(loaded))
     }
 
     fn weight(&self, weight: &Weight) -> Result<&[f32], String> {
-        self.weights.get(&weight.key()).map(|values| &values[..]).ok_or_else(|| "its weight is not loaded".into())
+        self.0.get(&weight.key()).map(|values| &values[..]).ok_or_else(|| "its weight is not loaded".into())
     }
 
-    fn collective(&self) -> Result<&dyn Collective, String> {
-        self.collective.as_deref().ok_or_else(|| "it is one rank of several, the others do not run".into())
-    }
-
-    fn node(
+    fn evaluate(
         &self,
         node: &Node,
         inputs: &[&Array],
@@ -253,14 +298,8 @@ impl Interpreter {
             Op::Transpose { permutation } => kernels::transpose(x, permutation),
             Op::LastToken => kernels::last_token(x, inputs[1]),
             Op::Cast { .. } => Ok(x.clone()),
-            Op::AllReduce { .. } => {
-                let mut data = x.floats()?.to_vec();
-                self.collective()?.all_reduce(&mut data)?;
-                Ok(Array::float(x.shape.clone(), data))
-            }
-            Op::AllGather { .. } => {
-                let parts = self.collective()?.all_gather(x.floats()?)?;
-                kernels::beside(x, &parts)
+            Op::AllReduce { .. } | Op::AllGather { .. } => {
+                Err("it is one rank of several, the others do not run".into())
             }
         }
     }

@@ -1,0 +1,156 @@
+//! Scales below those of the largest magnitudes: a few weights are clipped so that the others are rounded more finely.
+//! Where rows of inputs are known the products count, as in AWQ's clipping (Lin et al. 2023, arXiv 2306.00978), else the
+//! weights themselves (least squares).
+//!
+//! A group of weights that are off by d loses |X d|^2 = d G d for G = X^T X over the group's inputs. AWQ chooses each group
+//! alone; here a group is then chosen again against what the others leave, r = X d over all of them: |r + X d|^2 =
+//! |r|^2 + 2 r X d + d G d, until nothing changes.
+use crate::round;
+use crate::rounded::{group_of, round_by};
+use graphs::interpret::multiply;
+use graphs::{DType, Format};
+use rayon::prelude::*;
+
+/// Parts of the largest magnitude that are tried, from all of it down.
+const STEPS: usize = 16;
+const STEP: f32 = 1.0 / 32.0;
+
+/// Outputs that one thread does in one go. Fixed, so that sums are the same for any number of threads.
+const BLOCK: usize = 64;
+
+/// Times that each group is chosen again, at most.
+const ROUNDS: usize = 4;
+
+/// The scales that lose least, in the format's own order, of a matrix `[out, in]`. `rows` are inputs `[.., in]`, none for
+/// least squares.
+pub fn clip(weights: &[f32], input: usize, rows: &[f32], format: Format, compute: DType) -> Vec<f32> {
+    let (group, outputs) = (group_of(format, input).max(1), weights.len() / input.max(1));
+    let groups = input / group;
+    let known: Vec<Inputs> =
+        (0..groups).into_par_iter().map(|index| Inputs::new(rows, input, index * group, group)).collect();
+    let mut found = vec![1.0; outputs * groups];
+    found.par_chunks_mut((BLOCK * groups).max(1)).enumerate().for_each(|(block, found)| {
+        let outputs = found.len() / groups;
+        let whole = &weights[block * BLOCK * input..][..outputs * input];
+        let of = |index: usize| -> Vec<f32> {
+            whole.chunks_exact(input).flat_map(|row| &row[index * group..(index + 1) * group]).copied().collect()
+        };
+        let mut parts: Vec<Part> =
+            (0..groups).map(|index| Part::new(of(index), group, format.limit(), compute)).collect();
+        std::iter::zip(&mut parts, &known).for_each(|(part, inputs)| {
+            part.choose(inputs, None);
+        });
+        if !rows.is_empty() && groups > 1 {
+            together(&mut parts, &known, outputs);
+        }
+        for (index, part) in parts.iter().enumerate() {
+            found.iter_mut().skip(index).step_by(groups).zip(&part.scales).for_each(|(into, scale)| *into = *scale);
+        }
+    });
+    match format {
+        Format::Int8 => found,
+        // Stored by group, then by output.
+        Format::Int4 { .. } => {
+            (0..groups).flat_map(|index| found.iter().skip(index).step_by(groups).copied()).collect()
+        }
+    }
+}
+
+/// Chooses each group against what the others leave.
+fn together(parts: &mut [Part], known: &[Inputs], outputs: usize) {
+    let count = known.first().map_or(0, |inputs| inputs.count);
+    let mut left = vec![0.0f32; outputs * count];
+    let add = |left: &mut [f32], part: &Part, inputs: &Inputs, sign: f32| {
+        let products = multiply(&part.off, &inputs.rows, [outputs, part.group, count], true, false);
+        std::iter::zip(left, products).for_each(|(left, product)| *left += sign * product);
+    };
+    std::iter::zip(&*parts, known).for_each(|(part, inputs)| add(&mut left, part, inputs, 1.0));
+    for _ in 0..ROUNDS {
+        let mut changed = false;
+        for (part, inputs) in std::iter::zip(&mut *parts, known) {
+            add(&mut left, part, inputs, -1.0);
+            let against = multiply(&left, &inputs.rows, [outputs, count, part.group], false, false);
+            changed |= part.choose(inputs, Some(&against));
+            add(&mut left, part, inputs, 1.0);
+        }
+        if !changed {
+            break;
+        }
+    }
+}
+
+/// The inputs of one group.
+struct Inputs {
+    /// `[count, group]`
+    rows: Vec<f32>,
+    count: usize,
+    /// X^T X; empty without rows.
+    gram: Vec<f32>,
+}
+
+impl Inputs {
+    fn new(rows: &[f32], input: usize, first: usize, group: usize) -> Inputs {
+        let count = rows.len() / input.max(1);
+        let own: Vec<f32> =
+            rows.chunks_exact(input.max(1)).flat_map(|row| &row[first..first + group]).copied().collect();
+        let columns: Vec<f32> = (0..group).flat_map(|at| own.iter().skip(at).step_by(group).copied()).collect();
+        let gram =
+            if own.is_empty() { Vec::new() } else { multiply(&columns, &columns, [group, count, group], true, false) };
+        Inputs { rows: own, count, gram }
+    }
+}
+
+/// One group of some outputs' weights, `[outputs, group]`.
+struct Part {
+    weights: Vec<f32>,
+    group: usize,
+    limit: f32,
+    compute: DType,
+    /// What was chosen, and by how much weights are off then.
+    scales: Vec<f32>,
+    off: Vec<f32>,
+}
+
+impl Part {
+    fn new(weights: Vec<f32>, group: usize, limit: f32, compute: DType) -> Part {
+        let (scales, off) = (vec![1.0; weights.len() / group], vec![0.0; weights.len()]);
+        Part { weights, group, limit, compute, scales, off }
+    }
+
+    /// Chooses for each output the scale that loses least, the largest of equals; `against` is X^T r. Says whether any
+    /// choice changed.
+    fn choose(&mut self, inputs: &Inputs, against: Option<&[f32]>) -> bool {
+        let (group, outputs) = (self.group, self.scales.len());
+        let mut best = vec![f64::INFINITY; outputs];
+        let before = std::mem::take(&mut self.scales);
+        self.scales = before.clone();
+        let mut off = vec![0.0; self.weights.len()];
+        for step in 0..STEPS {
+            let part = 1.0 - step as f32 * STEP;
+            let mut scales = Vec::with_capacity(outputs);
+            for (row, off) in std::iter::zip(self.weights.chunks_exact(group), off.chunks_exact_mut(group)) {
+                let most = row.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+                let scale = round::scale(most * part, self.limit, self.compute);
+                off.copy_from_slice(row);
+                round_by(off, scale, self.limit);
+                std::iter::zip(&mut *off, row).for_each(|(off, value)| *off = value - *off);
+                scales.push(scale);
+            }
+            let weighed =
+                (!inputs.gram.is_empty()).then(|| multiply(&off, &inputs.gram, [outputs, group, group], false, false));
+            let weighed = weighed.as_deref().unwrap_or(&off);
+            for (output, (best, scale)) in std::iter::zip(&mut best, scales).enumerate() {
+                let place = output * group..(output + 1) * group;
+                let dot = |with: &[f32]| -> f64 {
+                    std::iter::zip(&off[place.clone()], &with[place.clone()]).map(|(a, b)| f64::from(a * b)).sum()
+                };
+                let loss = dot(weighed) + against.map_or(0.0, |against| 2.0 * dot(against));
+                if loss < *best {
+                    (*best, self.scales[output]) = (loss, scale);
+                    self.off[place.clone()].copy_from_slice(&off[place]);
+                }
+            }
+        }
+        self.scales != before
+    }
+}

@@ -1,0 +1,90 @@
+//! SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): a factor for each input channel moves outliers of the activations,
+//! which are divided by it, into the weights, which are multiplied.
+
+use crate::round_to_nearest;
+use graphs::interpret::multiply;
+use graphs::{DType, Format};
+use rayon::prelude::*;
+
+/// Shares of the difficulty that may move into the weights: from the paper's 0.5 for most models to beyond its 0.85 for
+/// those with a few very large activations.
+pub const ALPHAS: [f32; 10] = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95];
+
+/// Bounds of a factor: what is divided by it must stay within float16.
+const LEAST: f32 = 1e-4;
+const MOST: f32 = 1e4;
+
+/// The largest magnitude of each input channel of a matrix `[out, in]`, joined with those in `most`.
+pub fn join_column_absmax(weights: &[f32], most: &mut [f32]) {
+    for row in weights.chunks_exact(most.len().max(1)) {
+        for (most, value) in std::iter::zip(&mut *most, row) {
+            *most = most.max(value.abs());
+        }
+    }
+}
+
+/// Factors by the largest magnitudes of each channel's activations and weights (equation 4); 1 where either has none.
+pub fn smooth(activations: &[f32], weights: &[f32], alpha: f32) -> Vec<f32> {
+    let factor = |(&activation, &weight): (&f32, &f32)| {
+        if activation > 0.0 && weight > 0.0 {
+            (activation.powf(alpha) / weight.powf(1.0 - alpha)).clamp(LEAST, MOST)
+        } else {
+            1.0
+        }
+    };
+    std::iter::zip(activations, weights).map(factor).collect()
+}
+
+/// One scale for all channels, after smoothing; 1 where there is nothing.
+pub fn activation_scale(activations: &[f32], factors: Option<&[f32]>) -> f32 {
+    let factor = |channel: usize| factors.and_then(|factors| factors.get(channel)).copied().unwrap_or(1.0);
+    let most = activations.iter().enumerate().fold(0.0f32, |most, (at, value)| most.max(value / factor(at)));
+    if most > 0.0 { most / 127.0 } else { 1.0 }
+}
+
+/// What is known of the layers that read one input.
+pub struct Smoothed<'m> {
+    /// Matrices `[out, in]`.
+    pub matrices: &'m [&'m [f32]],
+    /// Some inputs `[.., in]`.
+    pub rows: &'m [f32],
+    /// Largest magnitudes of all inputs, by channel.
+    pub absmax: &'m [f32],
+    pub per_token: bool,
+}
+
+impl Smoothed<'_> {
+    /// The candidate, factors of each channel, under which products of INT8 inputs and weights lose least; the first of
+    /// equals.
+    pub fn best(&self, candidates: Vec<Vec<f32>>, compute: DType) -> usize {
+        let losses: Vec<f64> = candidates.par_iter().map(|factors| self.loss(factors, compute)).collect();
+        let better = |best: usize, at: usize| if losses[at] < losses[best] { at } else { best };
+        (1..losses.len()).fold(0, better)
+    }
+
+    /// Sum of squares by which the products are off.
+    pub fn loss(&self, factors: &[f32], compute: DType) -> f64 {
+        let width = factors.len().max(1);
+        let count = self.rows.len() / width;
+        let scale = activation_scale(self.absmax, Some(factors));
+        let mut inputs = self.rows.to_vec();
+        for row in inputs.chunks_exact_mut(width) {
+            std::iter::zip(&mut *row, factors).for_each(|(value, factor)| *value /= factor);
+            let most = row.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+            let own = if most > 0.0 { most / 127.0 } else { 1.0 };
+            let scale = if self.per_token { own } else { scale };
+            row.iter_mut().for_each(|value| *value = (*value / scale).round_ties_even().clamp(-128.0, 127.0) * scale);
+        }
+        let loss = |weights: &&[f32]| {
+            let outputs = weights.len() / width;
+            let mut scaled = weights.to_vec();
+            let rows = scaled.chunks_exact_mut(width);
+            rows.for_each(|row| std::iter::zip(row, factors).for_each(|(value, factor)| *value *= factor));
+            round_to_nearest(&mut scaled, width, Format::Int8, compute);
+            let found = multiply(&inputs, &scaled, [count, width, outputs], true, false);
+            let wanted = multiply(self.rows, weights, [count, width, outputs], true, false);
+            std::iter::zip(found, wanted).map(|(found, wanted)| f64::from((found - wanted).powi(2))).sum::<f64>()
+        };
+        self.matrices.iter().map(loss).sum()
+    }
+}

@@ -1,0 +1,259 @@
+//! SmoothQuant, AWQ and clipping against their definitions, written a second time without regard to speed.
+#![allow(clippy::unwrap_used, reason = "tests")]
+use graphs::{DType, Format};
+use half::f16;
+use proptest::prelude::*;
+use quant::awq::{self, Matrix};
+use quant::{Gathered, Smoothed, activation_scale, clip, smooth};
+
+/// Numbers without a pattern, in -1..1.
+fn noise(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// Inputs of which some channels are much larger than others.
+fn uneven(rows: usize, width: usize, seed: u64) -> Vec<f32> {
+    let mut values = noise(rows * width, seed);
+    values.iter_mut().enumerate().for_each(|(at, value)| *value *= if at % width % 7 == 3 { 20.0 } else { 0.5 });
+    values
+}
+
+/// A weight of `[out, in]` as it comes back from a format, by index.
+fn rounded(weights: &[f64], width: usize, group: usize, limit: f64, at: usize, part: f64) -> f64 {
+    let (row, column) = (at / width, at % width);
+    let first = row * width + column / group * group;
+    let most = weights[first..first + group].iter().fold(0.0f64, |most, value| most.max(value.abs()));
+    let scale = f64::from(f16::from_f64(f64::from((most * part / limit) as f32)).to_f32());
+    if scale == 0.0 { 0.0 } else { (weights[at] / scale).round_ties_even().clamp(-limit - 1.0, limit) * scale }
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    out: usize,
+    width: usize,
+    rows: usize,
+    format: Format,
+    seed: u64,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let int8 = (1usize..30, 8usize..40).prop_map(|(out, width)| (out, width, Format::Int8));
+    let int4 = (1usize..15, 4usize..20, 1usize..4)
+        .prop_map(|(pairs, group, groups)| (2 * pairs, group * groups, Format::Int4 { group }));
+    (prop_oneof![int8, int4], 1usize..20, any::<u64>()).prop_map(|((out, width, format), rows, seed)| Case {
+        out,
+        width,
+        rows,
+        format,
+        seed,
+    })
+}
+
+impl Case {
+    fn group(&self) -> usize {
+        match self.format {
+            Format::Int8 => self.width,
+            Format::Int4 { group } => group,
+        }
+    }
+
+    fn weights(&self) -> Vec<f32> {
+        noise(self.out * self.width, self.seed)
+    }
+
+    fn inputs(&self) -> Vec<f32> {
+        uneven(self.rows, self.width, self.seed ^ 5)
+    }
+
+    fn limit(&self) -> f64 {
+        f64::from(self.format.limit())
+    }
+
+    /// Loss of all products where the weights are multiplied by factors, rounded and divided again.
+    fn loss(&self, factors: &[f64]) -> f64 {
+        let (weights, inputs) = (self.weights(), self.inputs());
+        let scaled: Vec<f64> = (0..weights.len())
+            .map(|at| f64::from((f64::from(weights[at]) * factors[at % self.width]) as f32))
+            .collect();
+        let mut loss = 0.0;
+        for row in inputs.chunks(self.width) {
+            for output in 0..self.out {
+                let mut off = 0.0;
+                for column in 0..self.width {
+                    let at = output * self.width + column;
+                    let back = rounded(&scaled, self.width, self.group(), self.limit(), at, 1.0) / factors[column];
+                    off += f64::from(row[column]) * (back - f64::from(weights[at]));
+                }
+                loss += off * off;
+            }
+        }
+        loss
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn smoothing_is_equation_four(width in 1usize..60, alpha in 0.0f32..1.0, seed in any::<u64>()) {
+        let magnitudes = |seed| noise(width, seed).into_iter().map(f32::abs).collect::<Vec<_>>();
+        let (activations, weights) = (magnitudes(seed), magnitudes(seed ^ 1));
+        let factors = smooth(&activations, &weights, alpha);
+        let mut most = 0.0f64;
+        for channel in 0..width {
+            let (x, w) = (f64::from(activations[channel]), f64::from(weights[channel]));
+            let wanted = (x.ln() * f64::from(alpha) - w.ln() * f64::from(1.0 - alpha)).exp().clamp(1e-4, 1e4);
+            prop_assert!((f64::from(factors[channel]) / wanted - 1.0).abs() < 1e-4, "{channel}");
+            most = most.max(x / f64::from(factors[channel]));
+        }
+        prop_assert!((f64::from(activation_scale(&activations, Some(&factors))) - most / 127.0).abs() < 1e-6 * most);
+    }
+
+    /// The loss is that of INT8 products by their definition, and the candidate chosen has the least of it.
+    #[test]
+    fn the_candidate_chosen_loses_least(case in cases(), per_token in any::<bool>()) {
+        let case = Case { format: Format::Int8, ..case };
+        let (weights, inputs, width) = (case.weights(), case.inputs(), case.width);
+        let absmax: Vec<f32> =
+            (0..width).map(|channel| inputs.iter().skip(channel).step_by(width).fold(0.0f32, |most, x| most.max(x.abs()))).collect();
+        let candidates: Vec<Vec<f32>> =
+            (0..4).map(|number| noise(width, case.seed ^ 77 ^ number).into_iter().map(|x| (2.0 * x).exp2()).collect()).collect();
+        let int8 = |value: f64, scale: f64| (value / scale).round_ties_even().clamp(-128.0, 127.0) * scale;
+        let loss = |factors: &[f32]| -> f64 {
+            let scaled: Vec<f64> = (0..weights.len()).map(|at| f64::from(weights[at] * factors[at % width])).collect();
+            let whole = f64::from(activation_scale(&absmax, Some(factors)));
+            let mut loss = 0.0;
+            for row in inputs.chunks(width) {
+                let divided: Vec<f64> = std::iter::zip(row, factors).map(|(x, factor)| f64::from(x / factor)).collect();
+                let own = divided.iter().fold(0.0f64, |most, x| most.max(x.abs())) / 127.0;
+                for output in 0..case.out {
+                    let off: f64 = (0..width).map(|column| {
+                        let at = output * width + column;
+                        int8(divided[column], if per_token { own } else { whole }) * rounded(&scaled, width, width, 127.0, at, 1.0)
+                            - f64::from(row[column]) * f64::from(weights[at])
+                    }).sum();
+                    loss += off * off;
+                }
+            }
+            loss
+        };
+        let matrices = [&weights[..]];
+        let smoothed = Smoothed { matrices: &matrices, rows: &inputs, absmax: &absmax, per_token };
+        let wanted: Vec<f64> = candidates.iter().map(|factors| loss(factors)).collect();
+        for (factors, wanted) in candidates.iter().zip(&wanted) {
+            let found = smoothed.loss(factors, DType::Float16);
+            prop_assert!((found - wanted).abs() <= 5e-2 * wanted + 1e-4, "{found} {wanted}");
+        }
+        let best = smoothed.best(candidates, DType::Float16);
+        prop_assert!(wanted.iter().all(|other| wanted[best] <= other * 1.1 + 1e-4), "{best} of {wanted:?}");
+    }
+
+    #[test]
+    fn the_exponent_found_loses_least(case in cases(), seed in any::<u64>()) {
+        let (weights, inputs) = (case.weights(), case.inputs());
+        let means: Vec<f32> = (0..case.width)
+            .map(|channel| inputs.iter().skip(channel).step_by(case.width).map(|x| x.abs()).sum::<f32>() / case.rows as f32)
+            .collect();
+        let matrix = [Matrix { weights: &weights, format: case.format }];
+        let found = awq::search(&matrix, &inputs, &means, &|own| own, DType::Float16);
+        // The loss is the definition's, and no other exponent has less of it.
+        let wide = |exponent: f64| -> Vec<f64> {
+            let powers: Vec<f64> = means.iter().map(|mean| f64::from(*mean).powf(exponent).max(1e-4)).collect();
+            let center = (powers.iter().copied().fold(0.0, f64::max) * powers.iter().copied().fold(f64::MAX, f64::min)).sqrt();
+            powers.into_iter().map(|power| power / center).collect()
+        };
+        let wanted = case.loss(&wide(f64::from(found.exponent)));
+        prop_assert!((found.loss - wanted).abs() <= 2e-2 * wanted + 1e-6, "{} {}", found.loss, wanted);
+        prop_assert!(found.loss <= found.plain_loss);
+        let other = (seed % 20) as f64 / 20.0;
+        prop_assert!(case.loss(&wide(other)) >= found.loss * 0.98 - 1e-6, "exponent {other}");
+        let product: f32 = found.factors.iter().copied().fold(0.0, f32::max) * found.factors.iter().copied().fold(f32::MAX, f32::min);
+        prop_assert!((product - 1.0).abs() < 1e-3);
+    }
+
+    /// Without inputs each group of each output loses least of its weights. With them no group can do better by itself
+    /// than what was found for all.
+    #[test]
+    fn clipping_loses_least(case in cases(), blind in any::<bool>()) {
+        let (weights, inputs) = (case.weights(), if blind { Vec::new() } else { case.inputs() });
+        let exact: Vec<f64> = weights.iter().copied().map(f64::from).collect();
+        let scales = clip(&weights, case.width, &inputs, case.format, DType::Float16);
+        let (group, limit) = (case.group(), case.limit());
+        // By how much a weight is off where the groups' scales are those found, but for one group where they are a part
+        // of its largest magnitude.
+        let off = |output: usize, column: usize, other: Option<(usize, f64)>| {
+            let at = output * case.width + column;
+            match other {
+                Some((index, part)) if index == column / group => exact[at] - rounded(&exact, case.width, group, limit, at, part),
+                _ => {
+                    let scale = f64::from(scales[column / group * case.out + output]);
+                    exact[at] - (exact[at] / scale).round_ties_even().clamp(-limit - 1.0, limit) * scale
+                }
+            }
+        };
+        let loss = |output: usize, other: Option<(usize, f64)>| -> f64 {
+            let off: Vec<f64> = (0..case.width).map(|column| off(output, column, other)).collect();
+            if blind {
+                return off.iter().map(|off| off * off).sum();
+            }
+            let product = |row: &[f32]| std::iter::zip(row, &off).map(|(x, off)| f64::from(*x) * off).sum::<f64>();
+            inputs.chunks(case.width).map(|row| product(row).powi(2)).sum()
+        };
+        for output in 0..case.out {
+            let found = loss(output, None);
+            for index in 0..case.width / group {
+                for step in 0..16 {
+                    let other = loss(output, Some((index, 1.0 - f64::from(step) / 32.0)));
+                    prop_assert!(found <= other * 1.01 + 1e-5, "{output} {index} {step}: {found} {other}");
+                }
+            }
+        }
+    }
+
+    /// Searches give the same bits on one thread and on several.
+    #[test]
+    fn threads_change_nothing(case in cases()) {
+        let (weights, inputs) = (case.weights(), case.inputs());
+        let search = || {
+            let matrix = [Matrix { weights: &weights, format: case.format }];
+            let means: Vec<f32> = inputs[..case.width].iter().map(|x| x.abs()).collect();
+            let scaling = awq::search(&matrix, &inputs, &means, &|own| own, DType::Float16);
+            (scaling, clip(&weights, case.width, &inputs, case.format, DType::Float16))
+        };
+        let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        prop_assert_eq!(pool(1).install(search), pool(3).install(search));
+    }
+
+    /// Samples in any parts and order leave the same largest magnitudes and rows.
+    #[test]
+    fn statistics_do_not_depend_on_order(width in 1usize..6, counts in prop::collection::vec(1usize..9, 1..6), limit in 1usize..12) {
+        let samples: Vec<Vec<f32>> = counts.iter().enumerate().map(|(number, count)| noise(count * width, number as u64)).collect();
+        let gather = |order: &mut dyn Iterator<Item = usize>| {
+            let mut gathered = Gathered::new(width);
+            order.for_each(|number| gathered.add(&samples[number], number as u64, limit, 3));
+            gathered
+        };
+        let (one, other) = (gather(&mut (0..samples.len())), gather(&mut (0..samples.len()).rev()));
+        prop_assert_eq!(&one.rows, &other.rows);
+        prop_assert_eq!(&one.absmax, &other.absmax);
+        let total: usize = counts.iter().sum();
+        prop_assert_eq!(one.rows.len(), total.min(limit));
+        let all = samples.concat();
+        for channel in 0..width {
+            let of = || all.iter().skip(channel).step_by(width).map(|value| value.abs());
+            prop_assert_eq!(one.absmax[channel], of().fold(0.0, f32::max));
+            let mean = of().map(f64::from).sum::<f64>() / total as f64;
+            prop_assert!((f64::from(one.finish().mean[channel]) - mean).abs() < 1e-6);
+        }
+        for row in one.rows.values() {
+            prop_assert!(all.chunks(width).any(|other| other == row));
+        }
+    }
+}
