@@ -124,7 +124,10 @@ impl Sampler<'_> {
         let settings = prompt_settings(self.config);
         let text = &self.processor.text;
         let request = PromptRequest { prompt, pictures: pictures.len(), first_picture: 0, add_special_tokens: true };
-        let prompt = settings.build(text, request)?.ids;
+        let prompt = match self.config.reads_pages() {
+            true => Vec::new(),
+            false => settings.build(text, request)?.ids,
+        };
         let mut answer: Vec<i32> = text.encode(answer, false)?.iter().map(|&token| token as i32).collect();
         answer.extend(text.eos_ids().first().map(|&end| end as i32));
         Ok(Sample { pictures, prompt, answer })

@@ -41,15 +41,22 @@ impl Lesson<'_> {
         let has = |name: &str| self.networks.iter().any(|network| network.name == name);
         let tables = self.tables(samples, run)?;
         let asked = samples.iter().zip(tables);
-        let outputs = if has("encoder") {
-            let inputs = asked.map(|(sample, table)| {
-                BTreeMap::from([
-                    ("input_ids".to_owned(), row(sample.prompt.clone())),
-                    ("source_lengths".to_owned(), Array::int([1], vec![sample.prompt.len() as i32])),
-                    ("prompt_embedding_table".to_owned(), table),
-                ])
-            });
-            let encoded = run("encoder", inputs.collect())?;
+        let outputs = if has("cross") {
+            let encoded = if has("encoder") {
+                let inputs = asked.map(|(sample, table)| {
+                    BTreeMap::from([
+                        ("input_ids".to_owned(), row(sample.prompt.clone())),
+                        ("position_ids".to_owned(), row((0..sample.prompt.len() as i32).collect())),
+                        ("source_lengths".to_owned(), Array::int([1], vec![sample.prompt.len() as i32])),
+                        ("prompt_embedding_table".to_owned(), table),
+                    ])
+                });
+                run("encoder", inputs.collect())?
+            } else {
+                // A page's features are what an encoder would give.
+                let seen = |table: Array| Array { shape: [&[1], &table.shape[..]].concat(), data: table.data };
+                asked.map(|(_, table)| BTreeMap::from([("encoder_output".to_owned(), seen(table))])).collect()
+            };
             let read = run("cross", encoded)?;
             let start = self.facts.decoder_start_id.unwrap_or(0) as i32;
             let inputs = samples.iter().zip(read).map(|(sample, read)| {
@@ -74,7 +81,7 @@ impl Lesson<'_> {
 
     /// Rows of all logits that say what an answer's tokens are, with those tokens: row, token.
     pub fn scored(&self, sample: &Sample) -> Vec<(usize, i32)> {
-        let encodes = self.networks.iter().any(|network| network.name == "encoder");
+        let encodes = self.networks.iter().any(|network| network.name == "cross");
         let first = if encodes { 0 } else { sample.prompt.len().saturating_sub(1) };
         sample.answer.iter().enumerate().map(|(number, &token)| (first + number, token)).collect()
     }
