@@ -76,9 +76,13 @@ fn with_header(bytes: &[u8], mut header: Value, own: &Value) -> Vec<u8> {
 fn every_calibrated_scheme_builds_and_answers_for_every_family() {
     let root = tempfile::tempdir().unwrap();
     let data = samples(root.path());
-    for family in ["llava-hf", "blip2-opt", "blip2-t5"] {
+    // A page comes without a question, and no text without a page.
+    let pages = root.path().join("pages.jsonl");
+    std::fs::write(&pages, json!({ "prompt": "", "answer": "a page", "image": "picture.png" }).to_string()).unwrap();
+    for family in ["llava-hf", "blip2-opt", "blip2-t5", "nougat"] {
         let statistics = root.path().join(format!("{family}.safetensors"));
-        calibrate(&fixture(family), &data, &statistics, &[]);
+        let (data, question) = if family == "nougat" { (&pages, "") } else { (&data, "What is it?") };
+        calibrate(&fixture(family), data, &statistics, &[]);
         for (quant, vision) in [("int4-awq-g16", "int8-awq"), ("int8-sq", "int8-sq"), ("int8-sq-token", "int8-absmax")]
         {
             let output = root.path().join(format!("{family}-{quant}"));
@@ -86,7 +90,7 @@ fn every_calibrated_scheme_builds_and_answers_for_every_family() {
             build_reference(&fixture(family), &output, &flags);
             let picture = root.path().join("picture.png");
             let picture = picture.to_str().unwrap();
-            let found = run(&output, &["--image", picture, "--prompt", "What is it?", "--max-new-tokens", "3"]);
+            let found = run(&output, &["--image", picture, "--prompt", question, "--max-new-tokens", "3"]);
             assert!(!ids(&found[0]).is_empty(), "{family} {quant}");
         }
     }
