@@ -6,7 +6,7 @@ use crate::engine_dir::manifest::{self, Manifest, TargetEntry};
 use crate::engine_dir::{DirectoryError, EngineConfig, FileEntry, PROCESSOR, Staging};
 use crate::passes::Passed;
 use crate::runtime::{NETWORK, WEIGHTS};
-use graphs::{Network, Weight};
+use graphs::Weight;
 use quant::{QuantError, StoredWeights};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -104,17 +104,17 @@ pub fn assemble(
             &compiled.source.model,
             compiled.dtype,
             compiled.quantization_config(),
-            1,
+            compiled.tp,
             compiled.sizes,
         );
         let text = serde_json::to_string_pretty(&config)?;
         staging.write(&format!("{}/config.json", network.name), format!("{text}\n").as_bytes())?;
         let places = store(compiled, passed, assembly, &mut staging, events)?;
         // What the engine computes; the reference interprets it, `bench` counts its work.
-        staging.write(&format!("{}/{NETWORK}", network.name), graphs::print(network).as_bytes())?;
+        staging.write(&file_of(&network.name, passed.rank, NETWORK), graphs::print(network).as_bytes())?;
         if let Some(target) = &assembly.engines {
-            let engine = build(compiled, network, target, &assembly.supervisor, places, &mut staging, events)?;
-            events(Event::Built { network: &network.name, engine: &engine });
+            let engine = build(compiled, passed, target, &assembly.supervisor, places, &mut staging, events)?;
+            events(Event::Built { network: &passed.label(), engine: &engine });
             built = Some(engine);
         }
     }
@@ -138,9 +138,14 @@ pub fn assemble(
         model_type: compiled.source.facts().model_type.into(),
         dtype: compiled.dtype,
         quantization: compiled.quantization.clone(),
-        tp: 1,
+        tp: compiled.tp,
         targets,
-        networks: compiled.networks.iter().map(|passed| passed.network.name.clone()).collect(),
+        networks: compiled
+            .networks
+            .iter()
+            .filter(|passed| passed.rank == 0)
+            .map(|passed| passed.network.name.clone())
+            .collect(),
         files: BTreeMap::new(),
         command: assembly.command.clone(),
         built_at: manifest::timestamp(),
@@ -151,9 +156,13 @@ pub fn assemble(
 const WORK: &str = ".work";
 
 /// Path of a network's engine in the directory.
-pub fn engine_name(network: &str) -> String {
-    let file = if network == "vision" { "model.engine" } else { "rank0.engine" };
-    format!("{network}/{file}")
+pub fn engine_name(network: &str, rank: usize) -> String {
+    if network == "vision" { format!("{network}/model.engine") } else { format!("{network}/rank{rank}.engine") }
+}
+
+/// Path of one rank's file of a network; the first has no number.
+pub fn file_of(network: &str, rank: usize, file: &str) -> String {
+    if rank == 0 { format!("{network}/{file}") } else { format!("{network}/rank{rank}.{file}") }
 }
 
 /// Writes the weights that the targets need and says where each lies. The reference needs all of them in the directory;
@@ -183,12 +192,13 @@ fn store(
         return Ok(places);
     }
     let name = if assembly.reference {
-        format!("{}/{WEIGHTS}", network.name)
+        file_of(&network.name, passed.rank, WEIGHTS)
     } else {
-        format!("{WORK}/{}-{WEIGHTS}", network.name)
+        format!("{WORK}/{}-{}-{WEIGHTS}", network.name, passed.rank)
     };
     let path = staging.place(&name)?;
-    let mut progress = |done, total| events(Event::Weights { network: &network.name, done, total });
+    let label = passed.label();
+    let mut progress = |done, total| events(Event::Weights { network: &label, done, total });
     let weights = stored.iter().copied();
     let summary = quant::store_weights(weights, compiled, compiled.dtype, &path, &mut progress).map_err(failed)?;
     staging.written(&name, FileEntry { bytes: summary.bytes, sha256: summary.sha256 });
@@ -223,17 +233,18 @@ fn mapped(compiled: &Compiled, weight: &Weight) -> Option<ConstantPlace> {
 
 fn build(
     compiled: &Compiled,
-    network: &Network,
+    passed: &Passed,
     target: &EngineTarget,
     supervisor: &Supervisor<'_>,
     constants: BTreeMap<String, ConstantPlace>,
     staging: &mut Staging,
     events: &mut dyn FnMut(Event<'_>),
 ) -> Result<BuiltEngine, AssembleError> {
-    let name = engine_name(&network.name);
+    let network = &passed.network;
+    let name = engine_name(&network.name, passed.rank);
     let spec = EngineSpec {
         name: network.name.clone(),
-        network: staging.place(&format!("{}/{NETWORK}", network.name))?,
+        network: staging.place(&file_of(&network.name, passed.rank, NETWORK))?,
         library: target.library.clone(),
         gpus: target.gpus.clone(),
         local: target.local.clone(),
@@ -242,8 +253,9 @@ fn build(
         constants,
         engine: staging.place(&name)?,
     };
-    let work = staging.folder(&format!("{WORK}/{}", network.name))?;
-    let mut forward = |event: BuildEvent<'_>| events(Event::Engine { network: &network.name, event });
+    let work = staging.folder(&format!("{WORK}/{}-{}", network.name, passed.rank))?;
+    let label = passed.label();
+    let mut forward = |event: BuildEvent<'_>| events(Event::Engine { network: &label, event });
     let engine = supervisor.build(&spec, &work, &mut forward)?;
     staging.written(&name, FileEntry { bytes: engine.bytes, sha256: engine.sha256.clone() });
     Ok(engine)

@@ -122,7 +122,7 @@ pub struct ModelOptions {
     /// Statistics that `calibrate` wrote: int4-awq, int8-awq and int8-sq need them
     #[arg(long, value_name = "STATS")]
     pub calibration: Option<PathBuf>,
-    /// Ranks of tensor parallelism
+    /// Ranks of tensor parallelism: the language part is divided among so many engines
     #[arg(long, default_value_t = 1)]
     pub tp: usize,
     /// Requests in one call

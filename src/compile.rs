@@ -26,8 +26,8 @@ pub enum CompileError {
     Statistics(#[from] StatisticsError),
     #[error("--vision-quant is given, but the model has no vision network")]
     NoVision,
-    #[error("--tp {0}: tensor parallelism is not built yet, only 1 works")]
-    TensorParallel(usize),
+    #[error("--tp 0: there is at least one rank")]
+    NoRanks,
 }
 
 impl CompileError {
@@ -39,7 +39,7 @@ impl CompileError {
             CompileError::Recipe(error) => error.hint(),
             CompileError::Statistics(error) => error.hint(),
             CompileError::NoVision => Some("leave --vision-quant out".into()),
-            CompileError::TensorParallel(_) => None,
+            CompileError::NoRanks => Some("--tp 1 builds the whole".into()),
         }
     }
 }
@@ -73,6 +73,9 @@ pub struct Compiled {
     pub source: ModelSource,
     pub dtype: DType,
     pub sizes: Sizes,
+    /// Ranks of tensor parallelism.
+    pub tp: usize,
+    /// With every rank's part of those that are divided, one after the other.
     pub networks: Vec<Passed>,
     /// Name of the recipe of each sub-network.
     pub quantization: BTreeMap<String, String>,
@@ -85,8 +88,8 @@ pub struct Compiled {
 /// # Errors
 /// Whatever does not fit together, before anything is read or written.
 pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, CompileError> {
-    if request.tp != 1 {
-        return Err(CompileError::TensorParallel(request.tp));
+    if request.tp == 0 {
+        return Err(CompileError::NoRanks);
     }
     let language = Recipe::load(&request.quant)?;
     let vision = Recipe::load(&request.vision_quant)?;
@@ -119,13 +122,26 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
         };
         quantization.insert(network.name.clone(), name);
         let quantized = |name: &str| source.quantized_linear(name);
-        let plan = passes::Plan {
-            dump: request.dump.clone(),
-            marks: &request.marks,
-            quantized: &quantized,
-            ..passes::Plan::new(recipe)
-        };
-        passed.push(passes::run(network, &plan)?);
+        // Pictures are seen by every rank alike.
+        let ranks = if network.name == "vision" { 1 } else { request.tp };
+        for rank in 0..ranks {
+            // One rank's text is enough.
+            let dump = request.dump.clone().filter(|_| rank == 0);
+            let plan = passes::Plan {
+                dump,
+                marks: &request.marks,
+                quantized: &quantized,
+                rank,
+                ranks,
+                ..passes::Plan::new(recipe)
+            };
+            let mut found = passes::run(network.clone(), &plan)?;
+            if rank > 0 {
+                // The same vectors as of the first.
+                found.wanted.clear();
+            }
+            passed.push(found);
+        }
     }
     let idle = |pattern: &&String| passed.iter().all(|passed: &Passed| !passed.marked.contains(pattern));
     if let Some(pattern) = request.marks.iter().find(idle) {
@@ -135,7 +151,7 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     let wanted = || passed.iter().flat_map(|passed| &passed.wanted);
     let statistics = statistics(request, &source, dtype, wanted())?;
     let vectors = Vectors::new(wanted());
-    Ok(Compiled { source, dtype, sizes, networks: passed, quantization, statistics, vectors })
+    Ok(Compiled { source, dtype, sizes, tp: request.tp, networks: passed, quantization, statistics, vectors })
 }
 
 /// The file of statistics where one is needed: of this model, with all that is wanted in it.

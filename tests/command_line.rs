@@ -325,7 +325,7 @@ fn requests_that_do_not_fit_are_refused_before_anything_is_written() {
             &["--max-batch-size", "2", "--max-multimodal-len", "16"],
             "`max_multimodal_len` 16 is below 32",
         ),
-        (&llava, &output, &["--tp", "2"], "--tp 2"),
+        (&llava, &output, &["--tp", "3"], "--tp 3"),
         (&llava, &output, &["--target", "tensorrt,rtx"], "a directory holds engines of one kind"),
         (&llava, &output, &["--mark", "**.nothing"], "--mark `**.nothing`: it matches no layer"),
         (&language, &output, &["--vision-quant", "int8"], "the model has no vision network"),

@@ -64,6 +64,19 @@ fn calibrated_schemes_build() {
 }
 
 #[test]
+fn every_rank_builds() {
+    let root = tempfile::tempdir().unwrap();
+    for (name, quant, network) in [("llava-hf", "int8", "language"), ("blip2-t5", "none", "decoder")] {
+        let output = root.path().join(name);
+        build(&fixture(name), &output, &["--dtype", "float16", "--quant", quant, "--tp", "2", "--target", "rtx"]);
+        for rank in ["rank0", "rank1"] {
+            let engine = output.join(format!("{network}/{rank}.engine"));
+            assert!(std::fs::read(engine).unwrap().windows(9).any(|text| text == b"allreduce"), "{name} {rank}");
+        }
+    }
+}
+
+#[test]
 fn blip2_and_opt_alone_build() {
     let root = tempfile::tempdir().unwrap();
     for (dtype, quant, vision) in

@@ -1,11 +1,11 @@
 //! Networks divided over ranks, all of them in one process, against the whole ones.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 mod common;
-use common::fixture;
+use common::*;
 use graphs::interpret::{Collective, Group};
 use graphs::{DType, Logits};
 use quant::Recipe;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 use trtvlm::checkpoint::{Checkpoint, Options};
@@ -121,4 +121,28 @@ fn what_no_rank_can_have_is_named() {
     let recipe = Recipe::preset("none").unwrap();
     let error = rank(&source, &recipe, 0, 3).err().unwrap();
     assert_eq!(error.hint().unwrap(), "--tp may be 1, 2, 4");
+}
+
+/// The binary builds all ranks, and runs them as it runs the whole.
+#[test]
+fn a_divided_directory_answers_as_a_whole_one() {
+    let root = tempfile::tempdir().unwrap();
+    for name in ["llava-hf", "blip2-t5"] {
+        let answer = |tp: &str| {
+            let output = root.path().join(format!("{name}-{tp}"));
+            build_reference(&fixture(name), &output, &["--tp", tp, "--quant", "int8", "--max-batch-size", "2"]);
+            let found = common::run(&output, &["--prompt", "Why?", "What is it?", "--max-new-tokens", "5"]);
+            (output, found.iter().map(ids).collect::<Vec<_>>())
+        };
+        let (_, whole) = answer("1");
+        let (output, divided) = answer("2");
+        assert_eq!(whole, divided, "{name}");
+        let manifest: Value = serde_json::from_slice(&std::fs::read(output.join("manifest.json")).unwrap()).unwrap();
+        assert_eq!(manifest["tp"], 2);
+        let language = if name == "blip2-t5" { "decoder" } else { "language" };
+        assert!(manifest["files"][format!("{language}/rank1.network.txt")].is_object(), "{manifest}");
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(output.join(language).join("config.json")).unwrap()).unwrap();
+        assert_eq!(config["pretrained_config"]["mapping"], json!({ "world_size": 2, "tp_size": 2, "pp_size": 1 }));
+    }
 }

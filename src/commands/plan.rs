@@ -36,7 +36,7 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
         let weights: u64 = rows.iter().map(|row| row.bytes).sum();
         let rtx = args.options.target.contains(&Target::Rtx).then(|| own_memory(&rows, &passed.network));
         summary.push(vec![
-            passed.network.name.clone(),
+            passed.label(),
             formats(passed),
             rows.len().to_string(),
             bytes(weights),
@@ -70,7 +70,8 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
         sizes.max_output_len,
         sizes.max_prompt_embedding_table_size
     ));
-    let notes = compiled.networks.iter().flat_map(|passed| &passed.assignments).filter(|choice| choice.note.is_some());
+    let notes = compiled.networks.iter().filter(|passed| passed.rank == 0).flat_map(|passed| &passed.assignments);
+    let notes = notes.filter(|choice| choice.note.is_some());
     let notes: Vec<_> = notes.collect();
     if let [first, ..] = notes[..] {
         let note = first.note.clone().unwrap_or_default();

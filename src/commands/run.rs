@@ -4,7 +4,7 @@ use crate::engine_dir::EngineDirectory;
 use crate::failure::{Exit, Failure};
 use crate::processor::{Picture, Processor};
 use crate::report::Printer;
-use crate::runtime::{AnswerOptions, Ask, Executor, Reference, Session, Tensorrt};
+use crate::runtime::{AnswerOptions, Ask, Executor, Ranks, Reference, Session, Tensorrt};
 use serde_json::json;
 use std::time::Instant;
 
@@ -77,6 +77,7 @@ pub(super) fn executor(directory: &EngineDirectory, target: Option<Target>) -> R
     check_target(directory, target)?;
     Ok(match target {
         Target::Tensorrt => Box::new(Tensorrt::open(directory)?),
+        _ if directory.manifest.tp > 1 => Box::new(Ranks::open(directory)?),
         _ => Box::new(Reference::open(directory)?),
     })
 }

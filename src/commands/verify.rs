@@ -10,6 +10,9 @@ use serde_json::json;
 
 pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
     let directory = EngineDirectory::open(&args.directory)?;
+    if directory.manifest.tp > 1 {
+        return Err(Failure::new(Exit::Refused, "the parts of a divided model cannot be verified yet"));
+    }
     let mut engine = executor(&directory, Some(args.target))?;
     let mut reference = executor(&directory, Some(Target::Reference))?;
     let mut rounded = Reference::open(&directory)?.rounded();

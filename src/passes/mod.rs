@@ -77,10 +77,20 @@ pub struct Passed {
     pub assignments: Vec<Assignment>,
     /// For each result marked, the pattern that named it.
     pub marked: Vec<String>,
+    /// Which part of tensor parallelism it is; 0 where it is whole.
+    pub rank: usize,
     /// Vectors that weights name and that are still to be found.
     pub wanted: Vec<Wanted>,
     /// For layers with scaled or quantized inputs the name of the input's statistics, and what it is divided by.
     inputs: HashMap<String, (String, Option<Weight>)>,
+}
+
+impl Passed {
+    /// For people: the network, and which rank's where it is not the first's.
+    pub fn label(&self) -> String {
+        let name = &self.network.name;
+        if self.rank == 0 { name.clone() } else { format!("{name} rank {}", self.rank) }
+    }
 }
 
 type Pass = fn(Passed, &Plan<'_>) -> Result<Passed, PassError>;
@@ -101,7 +111,7 @@ const PASSES: &[(&str, Pass)] = &[
 pub fn run(network: Network, plan: &Plan<'_>) -> Result<Passed, PassError> {
     let assignments = assign(&network, plan.recipe)?;
     let (marked, wanted, inputs) = (Vec::new(), Vec::new(), HashMap::new());
-    let mut passed = Passed { network, assignments, marked, wanted, inputs };
+    let mut passed = Passed { network, assignments, marked, rank: plan.rank, wanted, inputs };
     for (number, (name, pass)) in PASSES.iter().enumerate() {
         passed = pass(passed, plan)?;
         graphs::verify(&passed.network).map_err(|source| PassError::Broken { pass: name, source })?;

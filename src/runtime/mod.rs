@@ -1,8 +1,10 @@
 //! Running engines: prefill, decode, stop. It knows no family, only what `config.json` says.
+mod ranks;
 mod reference;
 mod session;
 mod tensorrt;
 
+pub use ranks::Ranks;
 pub use reference::{NETWORK, Reference, WEIGHTS};
 pub(crate) use session::prompt_settings;
 pub use session::{Answer, AnswerOptions, Ask, Session, Timings};

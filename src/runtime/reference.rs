@@ -1,5 +1,6 @@
 //! The reference target: the network text and the stored weights of an engine directory, interpreted on the CPU.
 use super::{Executor, Output, RuntimeError, check_prompts};
+use crate::assemble::file_of;
 use crate::engine_dir::{EngineConfig, EngineDirectory};
 use crate::lower::LOGITS;
 use graphs::Network;
@@ -82,12 +83,22 @@ impl Reference {
     /// # Errors
     /// Files that are missing, changed or do not belong together.
     pub fn open(directory: &EngineDirectory) -> Result<Reference, RuntimeError> {
+        Reference::open_rank(directory, 0)
+    }
+
+    /// One rank of a divided model.
+    ///
+    /// # Errors
+    /// As [`Reference::open`].
+    pub fn open_rank(directory: &EngineDirectory, rank: usize) -> Result<Reference, RuntimeError> {
         let load = |name: &str| -> Result<Interpreter, RuntimeError> {
-            let path = directory.file(&format!("{name}/{NETWORK}"))?;
+            // There is one vision network for all.
+            let rank = if name == "vision" { 0 } else { rank };
+            let path = directory.file(&file_of(name, rank, NETWORK))?;
             let text = std::fs::read_to_string(&path).map_err(crate::engine_dir::DirectoryError::io("read", &path))?;
             let network = graphs::parse(&text)?;
             graphs::verify(&network)?;
-            let weights = quant::StoredWeights::open(&directory.file(&format!("{name}/{WEIGHTS}"))?)?;
+            let weights = quant::StoredWeights::open(&directory.file(&file_of(name, rank, WEIGHTS))?)?;
             Ok(Interpreter::new(network, &weights)?)
         };
         let has = |name: &str| directory.manifest.networks.iter().any(|network| network == name);

@@ -74,7 +74,7 @@ impl Tensorrt {
     pub fn open(directory: &EngineDirectory) -> Result<Tensorrt, RuntimeError> {
         let (library, device) = ready(directory)?;
         let load = |network: &str, lender: Option<&Loaded>| -> Result<Loaded, RuntimeError> {
-            Loaded::open(&device, library, &directory.file(&engine_name(network))?, lender)
+            Loaded::open(&device, library, &directory.file(&engine_name(network, 0))?, lender)
         };
         let has = |network: &str| directory.manifest.networks.iter().any(|name| name == network);
         let load_if = |network: &str| if has(network) { load(network, None).map(Some) } else { Ok(None) };
@@ -158,7 +158,7 @@ fn ready(directory: &EngineDirectory) -> Result<(&'static trt::Library, Device),
 pub fn layers(directory: &EngineDirectory) -> Result<Vec<(String, String)>, RuntimeError> {
     let (library, _device) = ready(directory)?;
     let describe = |network: &String| {
-        let plan = trt::MappedFile::open(&directory.file(&engine_name(network))?)?;
+        let plan = trt::MappedFile::open(&directory.file(&engine_name(network, 0))?)?;
         Ok((network.clone(), trt::Engine::load(library, plan.bytes())?.describe()?))
     };
     directory.manifest.networks.iter().map(describe).collect()
