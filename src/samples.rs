@@ -89,10 +89,7 @@ impl Sampler<'_> {
         if tokens.len() < 2 {
             return Ok(Vec::new());
         }
-        let window = self.window.max(2).min(tokens.len());
-        let sample =
-            |ids: &[i32]| Sample { pictures: Vec::new(), prompt: ids[..1].to_vec(), answer: ids[1..].to_vec() };
-        Ok(tokens.chunks_exact(window).map(sample).collect())
+        Ok(windows(&tokens, self.window.max(2).min(tokens.len())))
     }
 
     fn lines(&self, path: &Path, text: &str, limit: usize) -> Result<Vec<Sample>, SampleError> {
@@ -132,6 +129,12 @@ impl Sampler<'_> {
         answer.extend(text.eos_ids().first().map(|&end| end as i32));
         Ok(Sample { pictures, prompt, answer })
     }
+}
+
+/// Whole windows of at least two tokens, each of which answers what is before it.
+pub fn windows(tokens: &[i32], window: usize) -> Vec<Sample> {
+    let sample = |ids: &[i32]| Sample { pictures: Vec::new(), prompt: ids[..1].to_vec(), answer: ids[1..].to_vec() };
+    tokens.chunks_exact(window.max(2)).map(sample).collect()
 }
 
 enum Kind {

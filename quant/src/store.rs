@@ -160,6 +160,36 @@ pub struct Place {
     pub bytes: u64,
 }
 
+/// An open safetensors file that trtvlm wrote, its header not looked into yet.
+pub struct RawHeader {
+    pub file: File,
+    /// Of the file, in bytes.
+    pub size: u64,
+    /// JSON.
+    pub text: Vec<u8>,
+    /// Where the data starts.
+    pub data: u64,
+}
+
+impl RawHeader {
+    /// # Errors
+    /// What is wrong with the file, in words.
+    pub fn read(path: &Path) -> Result<RawHeader, String> {
+        let io = |error: std::io::Error| error.to_string();
+        let file = File::open(path).map_err(io)?;
+        let size = file.metadata().map_err(io)?.len();
+        let mut length = [0; 8];
+        file.read_exact_at(&mut length, 0).map_err(io)?;
+        let length = u64::from_le_bytes(length);
+        if length > 100_000_000 || length + 8 > size {
+            return Err(format!("a header of {length} bytes in a file of {size}"));
+        }
+        let mut text = vec![0; length as usize];
+        file.read_exact_at(&mut text, 8).map_err(io)?;
+        Ok(RawHeader { file, size, text, data: 8 + length })
+    }
+}
+
 /// A file that [`store_weights`] wrote.
 pub struct StoredWeights {
     path: PathBuf,
@@ -174,17 +204,7 @@ impl StoredWeights {
     /// A file that is no such file.
     pub fn open(path: &Path) -> Result<StoredWeights, QuantError> {
         let refuse = |reason: String| QuantError::File { path: path.into(), reason };
-        let io = |error: std::io::Error| refuse(error.to_string());
-        let file = File::open(path).map_err(io)?;
-        let size = file.metadata().map_err(io)?.len();
-        let mut length = [0; 8];
-        file.read_exact_at(&mut length, 0).map_err(io)?;
-        let length = u64::from_le_bytes(length);
-        if length > 100_000_000 || length + 8 > size {
-            return Err(refuse(format!("a header of {length} bytes in a file of {size}")));
-        }
-        let mut text = vec![0; length as usize];
-        file.read_exact_at(&mut text, 8).map_err(io)?;
+        let RawHeader { file, size, text, data } = RawHeader::read(path).map_err(refuse)?;
         let entries: BTreeMap<String, Value> =
             serde_json::from_slice(&text).map_err(|error| refuse(format!("its header is no JSON: {error}")))?;
         let mut places = HashMap::new();
@@ -192,7 +212,7 @@ impl StoredWeights {
             let Entry { dtype, shape, data_offsets: [start, end] } =
                 serde_json::from_value(entry).map_err(|error| refuse(format!("tensor `{key}`: {error}")))?;
             let dtype = DType::parse(&dtype).ok_or_else(|| refuse(format!("tensor `{key}` has type {dtype}")))?;
-            let (offset, bytes) = ((8 + length).saturating_add(start), end.saturating_sub(start));
+            let (offset, bytes) = (data.saturating_add(start), end.saturating_sub(start));
             let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
             if count.map(|count| dtype.bytes(count) as u64) != Some(bytes) || offset.saturating_add(bytes) > size {
                 return Err(refuse(format!("tensor `{key}` of {dtype}{shape:?} at {start}..{end} does not fit")));

@@ -1,7 +1,7 @@
 //! The file of statistics: safetensors with, for each distinct input `NETWORK/PATH` of linear layers, `.absmax`, `.sum`
 //! (of magnitudes) and `.rows`, and `.lots` by which rows were chosen; what it is of lies in its metadata.
 use graphs::DType;
-use quant::{Gathered, InputStatistics};
+use quant::{Gathered, InputStatistics, RawHeader};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorView};
 use serde::{Deserialize, Serialize};
@@ -74,26 +74,16 @@ impl Statistics {
     /// A file that is no such file.
     pub fn open(path: &Path) -> Result<Statistics, StatisticsError> {
         let refuse = |reason: String| StatisticsError::File { path: path.into(), reason };
-        let io = |error: std::io::Error| refuse(error.to_string());
-        let file = File::open(path).map_err(io)?;
-        let size = file.metadata().map_err(io)?.len();
-        let mut length = [0; 8];
-        file.read_exact_at(&mut length, 0).map_err(io)?;
-        let length = u64::from_le_bytes(length);
-        if length > 100_000_000 || length + 8 > size {
-            return Err(refuse(format!("a header of {length} bytes in a file of {size}")));
-        }
-        let mut bytes = vec![0; length as usize];
-        file.read_exact_at(&mut bytes, 8).map_err(io)?;
-        let metadata: Metadata = serde_json::from_slice(&bytes).map_err(|error| refuse(error.to_string()))?;
+        let RawHeader { file, size, text, data } = RawHeader::read(path).map_err(refuse)?;
+        let metadata: Metadata = serde_json::from_slice(&text).map_err(|error| refuse(error.to_string()))?;
         let text = metadata.metadata().as_ref().and_then(|metadata| metadata.get(HEADER));
         let text = text.ok_or_else(|| refuse("it holds no statistics".into()))?;
         let header = serde_json::from_str(text).map_err(|error| refuse(format!("its metadata: {error}")))?;
         let mut places = HashMap::new();
         for (name, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
-            let offset = 8 + length + start as u64;
-            if 8 + length + end as u64 > size {
+            let offset = data + start as u64;
+            if data + end as u64 > size {
                 return Err(refuse("it is cut off".into()));
             }
             places.insert(name, (info.dtype, info.shape.clone(), offset, end - start));

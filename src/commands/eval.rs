@@ -7,7 +7,7 @@ use crate::failure::{Exit, Failure};
 use crate::processor::{Picture, Processor};
 use crate::report::{Printer, table};
 use crate::runtime::{AnswerOptions, Ask, Reference, Session};
-use crate::samples::{Sample, Sampler};
+use crate::samples::{Sample, Sampler, windows};
 use crate::score::{Baseline, Scores, score};
 use crate::source::CheckpointValues;
 use crate::teach::Lesson;
@@ -101,8 +101,7 @@ fn text(args: &EvalTextArgs, printer: &Printer) -> Result<(), Failure> {
         let message = format!("the text has {} tokens, a window takes {window}", tokens.len());
         return Err(Failure::new(Exit::Refused, message).hint(Some("use a smaller --window of at least 2".into())));
     }
-    let sample = |ids: &[i32]| Sample { pictures: Vec::new(), prompt: ids[..1].to_vec(), answer: ids[1..].to_vec() };
-    let samples: Vec<Sample> = tokens.chunks_exact(window).map(sample).collect();
+    let samples = windows(tokens, window);
     let mut baseline = Baseline::new()?;
     let of_plain = scores(&plain, &processor, &samples, &mut baseline, printer)?;
     drop(plain);

@@ -6,6 +6,7 @@ use crate::failure::{Exit, Failure};
 use crate::report::{Printer, table};
 use crate::runtime::Reference;
 use crate::verify::{self, Comparison, Feed};
+use graphs::DType;
 use serde_json::json;
 
 pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
@@ -15,8 +16,12 @@ pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
     }
     let mut engine = executor(&directory, Some(args.target))?;
     let mut reference = executor(&directory, Some(Target::Reference))?;
-    let mut rounded = Reference::open(&directory)?.rounded();
     let config = directory.config(directory.language())?;
+    // Nothing is rounded in float32.
+    let mut rounded = match config.pretrained_config.dtype {
+        DType::Float32 => None,
+        _ => Some(Reference::open(&directory)?.rounded()),
+    };
     let sizes = config.build_config;
     let features = config.pretrained_config.multimodal.map_or(0, |found| found.num_visual_features);
     let feed = Feed {
@@ -26,7 +31,7 @@ pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
         // The prompt gives the first token.
         steps: args.steps.min(sizes.max_output_len.saturating_sub(1)),
     };
-    let found = verify::verify(engine.as_mut(), reference.as_mut(), &mut rounded, &config, feed)?;
+    let found = verify::verify(engine.as_mut(), reference.as_mut(), rounded.as_mut(), &config, feed)?;
     let limit = args.bound.unwrap_or_else(|| verify::bound(config.pretrained_config.dtype));
     let shown: Vec<_> = found.comparisons.iter().filter(|one| args.layers || !one.is_mark()).collect();
     if args.layers && shown.iter().all(|one| !one.is_mark()) {

@@ -6,7 +6,7 @@
 //! they were quantized as a whole. Embeddings and norms are on every rank. With fewer key/value heads than ranks some ranks
 //! have the same one.
 use super::{PassError, Passed, Plan};
-use graphs::{Attention, Axis, Dim, Network, Node, NodeId, Op, RelativeBias, Split, Type, Weight};
+use graphs::{Attention, Network, Node, NodeId, Op, RelativeBias, Split, Type, Weight};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -237,17 +237,26 @@ impl Shard<'_> {
         self.push_as(path("words"), Op::Concat { axis }, vec![others, last])
     }
 
+    /// A node in the place of `node`; only inputs keep its type.
     fn push(&mut self, node: &Node, op: Op, inputs: Vec<NodeId>) -> Result<NodeId, String> {
-        let types: Vec<&Type> = inputs.iter().map(|input| &self.nodes[input.0].ty).collect();
-        let ty = graphs::infer(&op, &types, Some(&node.ty), self.network.dtype)?;
-        self.nodes.push(Node { path: node.path.clone(), op, inputs, ty });
-        Ok(NodeId(self.nodes.len() - 1))
+        self.push_typed(node.path.clone(), op, inputs, Some(&node.ty))
     }
 
     fn push_as(&mut self, path: String, op: Op, inputs: Vec<NodeId>) -> Result<NodeId, String> {
-        let ty = Type::new(self.network.dtype, [Dim::Named(Axis::Batch)]);
-        let like = Node { path, op: Op::Input, inputs: Vec::new(), ty };
-        self.push(&like, op, inputs)
+        self.push_typed(path, op, inputs, None)
+    }
+
+    fn push_typed(
+        &mut self,
+        path: String,
+        op: Op,
+        inputs: Vec<NodeId>,
+        declared: Option<&Type>,
+    ) -> Result<NodeId, String> {
+        let types: Vec<&Type> = inputs.iter().map(|input| &self.nodes[input.0].ty).collect();
+        let ty = graphs::infer(&op, &types, declared, self.network.dtype)?;
+        self.nodes.push(Node { path, op, inputs, ty });
+        Ok(NodeId(self.nodes.len() - 1))
     }
 }
 

@@ -29,7 +29,7 @@ impl<'n> Lowering<'_, 'n, '_> {
             return Ok(mask);
         }
         let rows = self.sizes.max_seq_len;
-        let index = self.token_index(node, "mask")?;
+        let index = self.token_index(node, 0, "mask", &[1, 1, -1, 1])?;
         let past = self.target.reshape("mask/past4", past, &[-1, 1, 1, 1]).map_err(Self::refused(node))?;
         let last = self.arithmetic(node, "mask/last", past, index, ElementWiseOperation::Sum)?;
         let numbers: Vec<i32> = (0..rows as i32).collect();
@@ -49,7 +49,7 @@ impl<'n> Lowering<'_, 'n, '_> {
         if let Some(mask) = self.mask {
             return Ok(mask);
         }
-        let query = self.token_index(node, "bias")?;
+        let query = self.token_index(node, 0, "bias", &[1, 1, -1, 1])?;
         let key = self.target.reshape("bias/key", query, &[1, 1, 1, -1]).map_err(Self::refused(node))?;
         let mask = self.bias(node, attention, bias, "bias", key, query)?;
         self.mask = Some(mask);
@@ -68,14 +68,12 @@ impl<'n> Lowering<'_, 'n, '_> {
         let of = |head: usize| pairs().map(move |(query, key)| (head, bias.row(query, key)));
         let shared: Option<Vec<f32>> =
             (0..heads).flat_map(of).map(|(head, row)| values.get(row * heads + head).copied()).collect();
-        let short =
-            || LowerError::Unsupported { path: node.path.clone(), reason: "its bias table is too short".into() };
         let constant = |part: &str, values: &[f32], sizes: [usize; 2]| -> Value<'n> {
             let sizes = [sizes[0], sizes[1], places, places].map(|size| size as i64);
             let (dtype, bytes) = (self.network.dtype, self.constants.floats(self.network.dtype, values));
             Ok(self.target.constant(&name(part), crate::lower::data_type(dtype), &sizes, bytes)?)
         };
-        let shared = constant("by_head", &shared.ok_or_else(short)?, [1, heads])?;
+        let shared = constant("by_head", &shared.ok_or_else(|| Self::short_table(node))?, [1, heads])?;
         if !bias.has_walls() {
             return Ok(shared);
         }
@@ -95,13 +93,9 @@ impl<'n> Lowering<'_, 'n, '_> {
             _ => {}
         }
         let (lengths, seen_bias) = (self.value(of), seen.is_some());
-        let name = |part: &str| format!("lengths/{}/{part}", self.values.len());
-        let shape = self.target.shape_of(&name("shape"), self.value(node.inputs[1])).map_err(Self::refused(node))?;
-        let keys = self.target.slice(&name("keys"), shape, 0, 1, 1).map_err(Self::refused(node))?;
-        let start = self.integers(&name("start"), &[0], &[])?;
-        let step = self.integers(&name("step"), &[1], &[1])?;
-        let index = self.target.range(&name("index"), keys, start, step).map_err(Self::refused(node))?;
-        let index = self.target.reshape(&name("index4"), index, &[1, 1, 1, -1]).map_err(Self::refused(node))?;
+        let prefix = format!("lengths/{}", self.values.len());
+        let name = |part: &str| format!("{prefix}/{part}");
+        let index = self.token_index(node, 1, &prefix, &[1, 1, 1, -1])?;
         let one = self.integers(&name("one"), &[1], &[1, 1, 1, 1])?;
         let lengths = self.target.reshape(&name("lengths4"), lengths, &[-1, 1, 1, 1]).map_err(Self::refused(node))?;
         let last = self.arithmetic(node, &name("last"), lengths, one, ElementWiseOperation::Sub)?;
@@ -115,15 +109,16 @@ impl<'n> Lowering<'_, 'n, '_> {
         Ok(mask)
     }
 
-    /// 0, 1, 2 ... as many as the query has tokens, int32 `[1, 1, tokens, 1]`.
-    fn token_index(&self, node: &Node, prefix: &str) -> Value<'n> {
+    /// 0, 1, 2 ... as many as an input of the attention has tokens, int32 of the sizes given.
+    fn token_index(&self, node: &Node, input: usize, prefix: &str, sizes: &[i64]) -> Value<'n> {
         let name = |part: &str| format!("{prefix}/{part}");
-        let shape = self.target.shape_of(&name("shape"), self.value(node.inputs[0])).map_err(Self::refused(node))?;
+        let shape =
+            self.target.shape_of(&name("shape"), self.value(node.inputs[input])).map_err(Self::refused(node))?;
         let tokens = self.target.slice(&name("tokens"), shape, 0, 1, 1).map_err(Self::refused(node))?;
         let start = self.integers(&name("start"), &[0], &[])?;
         let step = self.integers(&name("step"), &[1], &[1])?;
         let index = self.target.range(&name("index"), tokens, start, step).map_err(Self::refused(node))?;
-        self.target.reshape(&name("index4"), index, &[1, 1, -1, 1]).map_err(Self::refused(node))
+        self.target.reshape(&name("index4"), index, sizes).map_err(Self::refused(node))
     }
 
     /// The bias of each key for each query by their places, `[1 or batch, 1, 1, keys]` and `[1 or batch, 1, queries, 1]`,

@@ -68,6 +68,7 @@ impl<'n> Lowering<'_, 'n, '_> {
         self.rotary = Some((rope.clone(), table));
         Ok(table)
     }
+
     /// What is added to the score of a key 0, 1, 2 ... rows before the query's own, float32 `[heads, rows]`; the same for
     /// all layers.
     fn bias_table(&mut self, node: &Node, bias: &RelativeBias, heads: usize) -> Value<'n> {
