@@ -1,22 +1,12 @@
 //! SmoothQuant, AWQ and clipping against their definitions, written a second time without regard to speed.
 #![allow(clippy::unwrap_used, reason = "tests")]
+mod common;
+use common::noise;
 use graphs::{DType, Format};
 use half::f16;
 use proptest::prelude::*;
 use quant::awq::{self, Matrix};
 use quant::{Gathered, Smoothed, activation_scale, clip, smooth};
-
-/// Numbers without a pattern, in -1..1.
-fn noise(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
-}
 
 /// Inputs of which some channels are much larger than others.
 fn uneven(rows: usize, width: usize, seed: u64) -> Vec<f32> {

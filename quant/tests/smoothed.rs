@@ -1,5 +1,7 @@
 //! Weights that smoothing scales, and scales that come from elsewhere, against their definitions.
 #![allow(clippy::unwrap_used, reason = "tests")]
+mod common;
+use common::noise;
 use graphs::{DType, Format, Weight};
 use half::f16;
 use proptest::prelude::*;
@@ -7,18 +9,6 @@ use quant::{MemorySource, materialize, materialize_f32, unpack};
 
 fn floats(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
-}
-
-/// Numbers without a pattern, in -1..1.
-fn noise(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
 }
 
 fn scaled(axis: usize, by: &str, length: usize, divide: bool, of: Weight) -> Weight {

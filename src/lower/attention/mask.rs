@@ -88,9 +88,10 @@ impl<'n> Lowering<'_, 'n, '_> {
     /// A low number where key k >= lengths, else `seen` (0 where there is none): `[batch, 1 or heads, 1 or queries, keys]`.
     /// One for all layers.
     pub(super) fn length_mask(&mut self, node: &Node, of: NodeId, seen: Option<trt::Tensor<'n>>) -> Value<'n> {
-        match self.length_mask {
-            Some((found, biased, mask)) if found == of && biased == seen.is_some() => return Ok(mask),
-            _ => {}
+        if let Some((found, biased, mask)) = self.length_mask
+            && (found, biased) == (of, seen.is_some())
+        {
+            return Ok(mask);
         }
         let (lengths, seen_bias) = (self.value(of), seen.is_some());
         let prefix = format!("lengths/{}", self.values.len());
