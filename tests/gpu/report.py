@@ -18,6 +18,7 @@ def main():
     work = pathlib.Path(sys.argv[1])
     shell = lambda *command: subprocess.run(command, capture_output=True, text=True).stdout.strip()
     small, sanitize, real = (read(work, phase) for phase in ("small", "sanitize", "real"))
+    small += read(work, "schemes")
     real += read(work, "shapes")
     everything = small + sanitize + real
     card = shell("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
