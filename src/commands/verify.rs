@@ -17,11 +17,10 @@ pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
     let mut engine = executor(&directory, Some(args.target))?;
     let mut reference = executor(&directory, Some(Target::Reference))?;
     let config = directory.config(directory.language())?;
+    let plain = Reference::open(&directory)?;
+    let usual = verify::bound(config.pretrained_config.dtype, plain.quantizes_inputs());
     // Nothing is rounded in float32.
-    let mut rounded = match config.pretrained_config.dtype {
-        DType::Float32 => None,
-        _ => Some(Reference::open(&directory)?.rounded()),
-    };
+    let mut rounded = (config.pretrained_config.dtype != DType::Float32).then(|| plain.rounded());
     let sizes = config.build_config;
     let features = config.pretrained_config.multimodal.map_or(0, |found| found.num_visual_features);
     let feed = Feed {
@@ -32,14 +31,14 @@ pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
         steps: args.steps.min(sizes.max_output_len.saturating_sub(1)),
     };
     let found = verify::verify(engine.as_mut(), reference.as_mut(), rounded.as_mut(), &config, feed)?;
-    let limit = args.bound.unwrap_or_else(|| verify::bound(config.pretrained_config.dtype));
+    let limit = args.bound.unwrap_or(usual);
     let shown: Vec<_> = found.comparisons.iter().filter(|one| args.layers || !one.is_mark()).collect();
     if args.layers && shown.iter().all(|one| !one.is_mark()) {
         return Err(Failure::new(Exit::Refused, "no layer was marked when the directory was built")
             .hint(Some("build with --mark '**.mlp.down_proj' or other patterns".into())));
     }
     // A bound that was asked for is one for all. NaN is no number below a bound.
-    let bound = |one: &Comparison| if args.bound.is_some() { limit } else { one.bound(limit) };
+    let bound = |one: &Comparison| if args.bound.is_some() { limit } else { found.bound(&one.result, limit) };
     let passed = |one: &Comparison| one.relative_error <= bound(one);
     if printer.is_json() {
         let shown_with_bound = |one: &&Comparison| {

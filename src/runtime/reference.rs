@@ -3,8 +3,8 @@ use super::{Executor, Output, RuntimeError, check_prompts};
 use crate::assemble::file_of;
 use crate::engine_dir::{EngineConfig, EngineDirectory};
 use crate::lower::LOGITS;
-use graphs::Network;
 use graphs::interpret::{Array, Caches, Collective, Interpreter, Values};
+use graphs::{Network, Op};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -168,6 +168,13 @@ impl Reference {
         });
         let (vision, language) = (self.vision.map(Interpreter::rounded), self.language.rounded());
         Reference { vision, language, source, ..self }
+    }
+
+    /// Whether layers round what they read to INT8.
+    pub fn quantizes_inputs(&self) -> bool {
+        let source = self.source.iter().flat_map(|source| source.encoder.iter().chain([&source.cross]));
+        let networks = self.vision.iter().chain(source).chain([&self.language]).map(Interpreter::network);
+        networks.flat_map(|network| &network.nodes).any(|node| matches!(node.op, Op::QuantizeInput { .. }))
     }
 
     /// For steps of words, which ask for no row of the table.
