@@ -1,5 +1,5 @@
 //! Typed reading of Hugging Face configs, with the key in every error.
-use crate::{ActivationKind, GraphError, Rope, RopeScaling};
+use crate::{ActivationKind, GraphError, Heads, Rope, RopeScaling};
 use serde_json::Value;
 
 /// Sizes past this are not those of any model; the bound keeps products of sizes far from overflow.
@@ -76,6 +76,21 @@ impl<'a> Keys<'a> {
         self.get(key).map(|found| found.as_i64().ok_or_else(|| self.wrong(key, "a whole number", found))).transpose()
     }
 
+    /// The id of a token.
+    pub(crate) fn token(&self, key: &str) -> Result<Option<usize>, GraphError> {
+        let id = |id| usize::try_from(id).map_err(|_| self.fault(key, "a token's id is not below 0".into()));
+        self.integer(key)?.map(id).transpose()
+    }
+
+    /// So many heads over `width`, which the config calls `whole`.
+    pub(crate) fn heads(&self, key: &str, default: usize, whole: &str, width: usize) -> Result<Heads, GraphError> {
+        let count = self.size(key, default)?;
+        if !width.is_multiple_of(count) {
+            return Err(self.fault(key, format!("{whole} {width} does not divide by {count} heads")));
+        }
+        Ok(Heads { query: count, key_value: count, dim: width / count })
+    }
+
     /// A finite number above 0.
     pub(crate) fn positive(&self, key: &str, default: f32) -> Result<f32, GraphError> {
         match self.get(key) {
@@ -105,6 +120,19 @@ impl<'a> Keys<'a> {
         let name = self.text(key, default)?;
         ActivationKind::from_config(name)
             .ok_or_else(|| self.fault(key, format!("activation `{name}` is not supported")))
+    }
+
+    /// T5's spelling: whether two input matrices are multiplied, one through the activation, and which that is.
+    pub(crate) fn gated_activation(&self, key: &str, default: &'a str) -> Result<(bool, ActivationKind), GraphError> {
+        let whole = self.text(key, default)?;
+        let (gated, name) = match whole.strip_prefix("gated-") {
+            // What is called gelu there is its tanh form.
+            Some("gelu") => (true, "gelu_new"),
+            Some(name) => (true, name),
+            None => (false, whole),
+        };
+        let kind = ActivationKind::from_config(name);
+        Ok((gated, kind.ok_or_else(|| self.fault(key, format!("`{whole}` is not supported")))?))
     }
 
     /// Rotary embedding in both spellings: `rope_theta` + `rope_scaling` (4.x), `rope_parameters` (5.x).

@@ -27,7 +27,7 @@ pub use models::{Aspect, DecoderFacts, Entry, Facts, Logits, Model, PictureFacts
 pub use names::{Coverage, cover};
 pub use relative::RelativeBias;
 pub use rope::{Rope, RopeScaling};
-pub use scope::{CacheInputs, Graph, Heads, Linear, Scope, Tensor};
+pub use scope::{AttentionLayer, CacheInputs, Graph, Heads, Linear, Scope, Tensor};
 pub use text::{parse, print};
 pub use verify::verify;
 pub use weight::{Format, Weight};

@@ -108,6 +108,10 @@ impl State {
 }
 
 impl<'g> Scope<'g> {
+    pub(crate) fn graph(&self) -> &'g Graph {
+        self.graph
+    }
+
     /// The type that the network is computed in.
     pub fn dtype(&self) -> DType {
         self.graph.dtype

@@ -1,6 +1,6 @@
 //! LLaMA, a decoder-only language model (Touvron et al. 2023, arXiv 2302.13971; grouped heads: 2307.09288).
 //! Names and semantics of `transformers/models/llama/modeling_llama.py`.
-use super::decoder::Inputs;
+use super::decoder::{Inputs, wanted};
 use crate::config::Keys;
 use crate::{
     ActivationKind, DType, DecoderFacts, Facts, Graph, GraphError, Heads, Logits, Positions, Rope, Scope, Tensor,
@@ -88,7 +88,7 @@ impl Llama {
         for layer in 0..self.layers {
             x = self.layer(&model.layer("layers", layer), x, layer, inputs);
         }
-        x = inputs.wanted(x, logits);
+        x = wanted(graph, x, logits);
         let mut head = root.linear("lm_head", self.vocab).vocab();
         if self.tied {
             head = head.tied_to(model.name("embed_tokens.weight"));

@@ -1,17 +1,13 @@
 //! mBART, an encoder-decoder language model (Liu et al. 2020, arXiv 2001.08210), and its decoder behind another encoder.
 //! Names and semantics of `transformers/models/mbart/modeling_mbart.py`.
-use super::decoder::Inputs;
+use super::cross::{self, Source};
+use super::decoder::{EPSILON, Inputs, OFFSET, lengths, tokens, wanted};
 use crate::config::Keys;
 use crate::models::Alias;
 use crate::{
     ActivationKind, Axis, DType, DecoderFacts, Dim, Facts, Graph, GraphError, Heads, Logits, Network, Positions, Scope,
-    Tensor, Type,
+    Tensor,
 };
-
-/// Rows of the position table before that of position 0.
-const OFFSET: usize = 2;
-/// PyTorch's default: no config names another.
-const EPSILON: f32 = 1e-5;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mbart {
@@ -37,14 +33,6 @@ pub struct Stack {
     pub heads: Heads,
 }
 
-/// What the decoder reads besides its own tokens: so many keys and values of a text or a picture, of which the first
-/// lengths count.
-#[derive(Clone, Copy)]
-struct Source<'g> {
-    size: Dim,
-    lengths: Option<Tensor<'g>>,
-}
-
 impl Mbart {
     /// A file without a head has it in the embedding; the stacks' own embeddings repeat the shared one.
     pub(crate) const ALIASES: &'static [Alias] = &[
@@ -66,15 +54,10 @@ impl Mbart {
     pub(crate) fn from_config(keys: &Keys, text: bool) -> Result<Mbart, GraphError> {
         let hidden = keys.size("d_model", 1024)?;
         let stack = |kind: &str| {
-            let key = format!("{kind}_attention_heads");
-            let count = keys.size(&key, 16)?;
-            if !hidden.is_multiple_of(count) {
-                return Err(keys.fault(&key, format!("d_model {hidden} does not divide by {count} heads")));
-            }
             Ok(Stack {
                 layers: keys.size(&format!("{kind}_layers"), 12)?,
                 ffn: keys.size(&format!("{kind}_ffn_dim"), 4096)?,
-                heads: Heads { query: count, key_value: count, dim: hidden / count },
+                heads: keys.heads(&format!("{kind}_attention_heads"), 16, "d_model", hidden)?,
             })
         };
         Ok(Mbart {
@@ -92,29 +75,24 @@ impl Mbart {
     /// Of the whole model's config, else of the decoder's; transformers falls back to the token that begins a text.
     pub(crate) fn start_id(whole: &Keys, own: &Keys) -> Result<usize, GraphError> {
         for (keys, key) in [(whole, "decoder_start_token_id"), (own, "decoder_start_token_id"), (own, "bos_token_id")] {
-            if let Some(id) = keys.integer(key)? {
-                return usize::try_from(id).map_err(|_| keys.fault(key, "a token's id is not below 0".into()));
+            if let Some(id) = keys.token(key)? {
+                return Ok(id);
             }
         }
         Ok(0)
     }
 
     pub(crate) fn facts(&self) -> Facts {
+        let Mbart { vocab, hidden, stack: Stack { layers, ffn, heads }, activation, .. } = *self;
         Facts {
             architecture: if self.encoder.is_some() { "MBartForConditionalGeneration" } else { "MBartForCausalLM" },
             model_type: "mbart",
-            vocab: self.vocab,
-            hidden: self.hidden,
-            layers: self.stack.layers,
+            vocab,
+            hidden,
+            layers,
             max_positions: self.max_positions,
             decoder_start_id: self.encoder.as_ref().map(|_| self.start_id),
-            decoder: DecoderFacts {
-                heads: self.stack.heads,
-                ffn: self.stack.ffn,
-                activation: self.activation,
-                epsilon: EPSILON,
-                positions: Positions::Learned,
-            },
+            decoder: DecoderFacts { heads, ffn, activation, epsilon: EPSILON, positions: Positions::Learned },
             pictures: None,
         }
     }
@@ -140,15 +118,14 @@ impl Mbart {
     fn encoder(&self, stack: &Stack, dtype: DType) -> Result<Network, GraphError> {
         let graph = Graph::new("encoder", dtype);
         let root = graph.scope("");
-        let ids = |name| graph.input(name, Type::new(DType::Int32, [Axis::Batch.into(), Axis::Source.into()]));
-        let (input_ids, position_ids) = (ids("input_ids"), ids("position_ids"));
-        let lengths = graph.input("source_lengths", Type::new(DType::Int32, [Axis::Batch.into()]));
+        let [ids, position_ids] = ["input_ids", "position_ids"].map(|name| tokens(&graph, name, Axis::Source));
+        let lengths = lengths(&graph, "source_lengths");
         let s = root.sub("model.encoder");
-        let mut x = self.enter(&s, root.embed("model.shared", self.vocab, self.hidden, input_ids), position_ids);
+        let mut x = self.enter(&s, root.embed("model.shared", self.vocab, self.hidden, ids), position_ids);
         for layer in 0..stack.layers {
             let s = s.layer("layers", layer);
             x = self.attend(&s, "self_attn", x, |attn, normed| {
-                let [q, k, v] = ["q_proj", "k_proj", "v_proj"].map(|name| self.project(attn, name, normed));
+                let [q, k, v] = self.project(attn, ["q_proj", "k_proj", "v_proj"], normed);
                 attn.attention(stack.heads).key_lengths(lengths).of(q, k, v)
             });
             x = self.feed_forward(&s, stack.ffn, x);
@@ -159,23 +136,17 @@ impl Mbart {
 
     /// `cross`: `encoder_output` `[batch, source, hidden]` to `cross_key_N` and `cross_value_N` of every decoder layer.
     pub(crate) fn cross(&self, dtype: DType, prefix: &str, source: Dim) -> Result<Network, GraphError> {
-        let graph = Graph::new("cross", dtype);
-        let x = graph.input("encoder_output", Type::new(dtype, [Axis::Batch.into(), source, self.hidden.into()]));
-        for layer in 0..self.stack.layers {
+        cross::network(dtype, [source, self.hidden.into()], self.stack.layers, |graph, layer, x| {
             let attn = graph.scope(prefix).sub("model.decoder").layer("layers", layer).sub("encoder_attn");
-            graph.output(&format!("cross_key_{layer}"), self.project(&attn, "k_proj", x));
-            graph.output(&format!("cross_value_{layer}"), self.project(&attn, "v_proj", x));
-        }
-        graph.finish()
+            self.project(&attn, ["k_proj", "v_proj"], x)
+        })
     }
 
     /// `decoder`: inputs as [`Inputs`] has them, what `cross` gave and, where texts of different lengths were read,
     /// `source_lengths` int32 `[batch]`, to `logits` float32 `[batch, vocab]` (with [`Logits::All`] of every token).
     pub(crate) fn decoder(&self, dtype: DType, prefix: &str, size: Dim, logits: Logits) -> Result<Network, GraphError> {
         let graph = Graph::new("decoder", dtype);
-        let lengths = || graph.input("source_lengths", Type::new(DType::Int32, [Axis::Batch.into()]));
-        let source = Source { size, lengths: size.fixed().is_none().then(lengths) };
-        self.write(&graph, &graph.scope(prefix), Some(source), logits);
+        self.write(&graph, &graph.scope(prefix), Some(Source::new(&graph, size, self.hidden)), logits);
         graph.finish()
     }
 
@@ -186,22 +157,18 @@ impl Mbart {
         for layer in 0..self.stack.layers {
             let s = s.layer("layers", layer);
             x = self.attend(&s, "self_attn", x, |attn, normed| {
-                let [q, k, v] = ["q_proj", "k_proj", "v_proj"].map(|name| self.project(attn, name, normed));
+                let [q, k, v] = self.project(attn, ["q_proj", "k_proj", "v_proj"], normed);
                 attn.attention(self.stack.heads).causal().cached(layer, inputs.cache).of(q, k, v)
             });
             if let Some(source) = source {
                 x = self.attend(&s, "encoder_attn", x, |attn, normed| {
-                    let shape = [Axis::Batch.into(), source.size, self.hidden.into()];
-                    let read =
-                        |kind: &str| graph.input(&format!("cross_{kind}_{layer}"), Type::new(graph.dtype(), shape));
-                    let cross = attn.attention(self.stack.heads);
-                    let cross = source.lengths.into_iter().fold(cross, |cross, lengths| cross.key_lengths(lengths));
-                    cross.of(self.project(attn, "q_proj", normed), read("key"), read("value"))
+                    let ([q], [key, value]) = (self.project(attn, ["q_proj"], normed), source.read(layer));
+                    source.within(attn.attention(self.stack.heads)).of(q, key, value)
                 });
             }
             x = self.feed_forward(&s, self.stack.ffn, x);
         }
-        let x = s.layer_norm("layer_norm", EPSILON).of(inputs.wanted(x, logits));
+        let x = s.layer_norm("layer_norm", EPSILON).of(wanted(graph, x, logits));
         // A file without a head has it in the embedding: an alias.
         let mut y = root.linear("lm_head", self.vocab).vocab().of(x);
         if self.encoder.is_some() {
@@ -217,8 +184,8 @@ impl Mbart {
         s.layer_norm("layernorm_embedding", EPSILON).of(x + positions)
     }
 
-    fn project<'g>(&self, attn: &Scope<'g>, name: &str, x: Tensor<'g>) -> Tensor<'g> {
-        attn.linear(name, self.hidden).bias().column().of(x)
+    fn project<'g, const N: usize>(&self, attn: &Scope<'g>, names: [&str; N], x: Tensor<'g>) -> [Tensor<'g>; N] {
+        names.map(|name| attn.linear(name, self.hidden).bias().column().of(x))
     }
 
     /// x plus what `mix` makes of its norm.

@@ -1,5 +1,6 @@
 //! Model families: each file writes the layers of one architecture in the DSL.
 pub mod clip;
+mod cross;
 mod decoder;
 pub mod donut_swin;
 pub mod eva;

@@ -1,13 +1,8 @@
 //! OPT, a decoder-only language model with learned positions (Zhang et al. 2022, arXiv 2205.01068).
 //! Names and semantics of `transformers/models/opt/modeling_opt.py`.
-use super::decoder::Inputs;
+use super::decoder::{EPSILON, Inputs, OFFSET, wanted};
 use crate::config::Keys;
 use crate::{ActivationKind, DType, DecoderFacts, Facts, Graph, GraphError, Heads, Logits, Positions, Scope, Tensor};
-
-/// Rows of the position table before that of position 0.
-const OFFSET: usize = 2;
-/// PyTorch's default: no config names another.
-const EPSILON: f32 = 1e-5;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Opt {
@@ -31,11 +26,7 @@ impl Opt {
     /// Missing keys take the defaults of `OPTConfig`.
     pub(crate) fn from_config(keys: &Keys) -> Result<Opt, GraphError> {
         let hidden = keys.size("hidden_size", 768)?;
-        let count = keys.size("num_attention_heads", 12)?;
-        if !hidden.is_multiple_of(count) {
-            let reason = format!("hidden_size {hidden} does not divide by {count} heads");
-            return Err(keys.fault("num_attention_heads", reason));
-        }
+        let heads = keys.heads("num_attention_heads", 12, "hidden_size", hidden)?;
         if !keys.flag("layer_norm_elementwise_affine", true)? {
             return Err(keys.fault("layer_norm_elementwise_affine", "norms without weights are not supported".into()));
         }
@@ -46,7 +37,7 @@ impl Opt {
             embedding: keys.size("word_embed_proj_dim", hidden)?,
             ffn: keys.size("ffn_dim", 3072)?,
             layers: keys.size("num_hidden_layers", 12)?,
-            heads: Heads { query: count, key_value: count, dim: hidden / count },
+            heads,
             activation: keys.activation("activation_function", "relu")?,
             max_positions: keys.size("max_position_embeddings", 2048)?,
             norm_first,
@@ -92,7 +83,7 @@ impl Opt {
         for layer in 0..self.layers {
             x = self.layer(&decoder.layer("layers", layer), x, layer, inputs);
         }
-        x = inputs.wanted(x, logits);
+        x = wanted(graph, x, logits);
         if self.final_norm {
             x = decoder.layer_norm("final_layer_norm", EPSILON).of(x);
         }

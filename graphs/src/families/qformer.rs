@@ -8,7 +8,7 @@ pub struct Qformer {
     pub hidden: usize,
     pub ffn: usize,
     pub layers: usize,
-    pub heads: usize,
+    pub heads: Heads,
     /// Every how many layers, from the first on, look at the picture.
     pub frequency: usize,
     /// Width of the picture's features.
@@ -19,20 +19,17 @@ pub struct Qformer {
 
 impl Qformer {
     pub(crate) fn from_config(keys: &Keys) -> Result<Qformer, GraphError> {
+        let hidden = keys.size("hidden_size", 768)?;
         let qformer = Qformer {
-            hidden: keys.size("hidden_size", 768)?,
+            hidden,
             ffn: keys.size("intermediate_size", 3072)?,
             layers: keys.size("num_hidden_layers", 12)?,
-            heads: keys.size("num_attention_heads", 12)?,
+            heads: keys.heads("num_attention_heads", 12, "hidden_size", hidden)?,
             frequency: keys.size("cross_attention_frequency", 2)?,
             picture: keys.size("encoder_hidden_size", 1408)?,
             activation: keys.activation("hidden_act", "gelu")?,
             epsilon: keys.positive("layer_norm_eps", 1e-12)?,
         };
-        if !qformer.hidden.is_multiple_of(qformer.heads) {
-            let reason = format!("hidden_size {} does not divide by {} heads", qformer.hidden, qformer.heads);
-            return Err(keys.fault("num_attention_heads", reason));
-        }
         if keys.flag("use_qformer_text_input", false)? {
             return Err(keys.fault("use_qformer_text_input", "text beside the query tokens is not supported".into()));
         }
@@ -56,10 +53,9 @@ impl Qformer {
 
     fn attend<'g>(&self, s: &Scope<'g>, x: Tensor<'g>, seen: Tensor<'g>) -> Tensor<'g> {
         let own = s.sub("attention");
-        let heads = Heads { query: self.heads, key_value: self.heads, dim: self.hidden / self.heads };
         let project = |name, x| own.linear(name, self.hidden).bias().column().of(x);
         let (q, k, v) = (project("query", x), project("key", seen), project("value", seen));
-        self.output(&s.sub("output"), own.attention(heads).of(q, k, v), x)
+        self.output(&s.sub("output"), own.attention(self.heads).of(q, k, v), x)
     }
 
     /// The norm comes behind the sum, as in BERT.

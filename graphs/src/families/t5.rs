@@ -1,10 +1,12 @@
 //! T5, an encoder-decoder language model (Raffel et al. 2020, arXiv 1910.10683; FLAN: Chung et al. 2022, 2210.11416).
 //! Names and semantics of `transformers/models/t5/modeling_t5.py`.
+use super::cross::{self, Source};
+use super::decoder;
 use crate::config::Keys;
 use crate::models::Alias;
 use crate::{
-    ActivationKind, Axis, CacheInputs, DType, DecoderFacts, Facts, Graph, GraphError, Heads, Logits, Network,
-    Positions, RelativeBias, Scope, Tensor, Type, Weight,
+    ActivationKind, AttentionLayer, Axis, DType, DecoderFacts, Facts, Graph, GraphError, Heads, Logits, Network,
+    Positions, RelativeBias, Scope, Tensor, Weight,
 };
 
 /// Distances have no end of their own; this bounds what is asked for.
@@ -48,17 +50,9 @@ impl T5 {
     pub(crate) fn from_config(keys: &Keys) -> Result<T5, GraphError> {
         let heads = keys.size("num_heads", 8)?;
         let encoder_layers = keys.size("num_layers", 6)?;
-        let projection = keys.text("feed_forward_proj", "relu")?;
-        let (gated, name) = match projection.strip_prefix("gated-") {
-            // What is called gelu there is its tanh form.
-            Some("gelu") => (true, "gelu_new"),
-            Some(name) => (true, name),
-            None => (false, projection),
-        };
-        let activation = ActivationKind::from_config(name)
-            .ok_or_else(|| keys.fault("feed_forward_proj", format!("`{projection}` is not supported")))?;
-        let (buckets, max_distance) =
-            (keys.size("relative_attention_num_buckets", 32)?, keys.size("relative_attention_max_distance", 128)?);
+        let (gated, activation) = keys.gated_activation("feed_forward_proj", "relu")?;
+        let buckets = keys.size("relative_attention_num_buckets", 32)?;
+        let max_distance = keys.size("relative_attention_max_distance", 128)?;
         if buckets < 4 || max_distance <= buckets / 2 {
             let reason = format!("{buckets} buckets do not reach to a distance of {max_distance}");
             return Err(keys.fault("relative_attention_num_buckets", reason));
@@ -78,27 +72,21 @@ impl T5 {
             max_distance,
             // transformers 5 says so by a key of its own, 4 by an untied head.
             scaled_head: tied && keys.flag("scale_decoder_outputs", true)?,
-            start_id: usize::try_from(keys.integer("decoder_start_token_id")?.unwrap_or(0))
-                .map_err(|_| keys.fault("decoder_start_token_id", "a token's id is not below 0".into()))?,
+            start_id: keys.token("decoder_start_token_id")?.unwrap_or(0),
         })
     }
 
     pub(crate) fn facts(&self) -> Facts {
+        let T5 { vocab, hidden, layers, heads, ffn, activation, epsilon, .. } = *self;
         Facts {
             architecture: "T5ForConditionalGeneration",
             model_type: "t5",
-            vocab: self.vocab,
-            hidden: self.hidden,
-            layers: self.layers,
+            vocab,
+            hidden,
+            layers,
             max_positions: POSITIONS,
             decoder_start_id: Some(self.start_id),
-            decoder: DecoderFacts {
-                heads: self.heads,
-                ffn: self.ffn,
-                activation: self.activation,
-                epsilon: self.epsilon,
-                positions: Positions::Relative,
-            },
+            decoder: DecoderFacts { heads, ffn, activation, epsilon, positions: Positions::Relative },
             pictures: None,
         }
     }
@@ -123,22 +111,17 @@ impl T5 {
     fn encoder(&self, dtype: DType, prefix: &str, pictures: bool) -> Result<Network, GraphError> {
         let graph = Graph::new("encoder", dtype);
         let root = graph.scope(prefix);
-        let ids = graph.input("input_ids", Type::new(DType::Int32, [Axis::Batch.into(), Axis::Source.into()]));
-        let lengths = graph.input("source_lengths", Type::new(DType::Int32, [Axis::Batch.into()]));
-        let mut x = root.embed("shared", self.vocab, self.hidden, ids);
-        if pictures {
-            let table = Type::new(dtype, [Axis::Features.into(), self.hidden.into()]);
-            x = x.splice(ids, graph.input("prompt_embedding_table", table), self.vocab);
-        }
-        let mut x = residual(x);
+        let ids = decoder::tokens(&graph, "input_ids", Axis::Source);
+        let lengths = decoder::lengths(&graph, "source_lengths");
+        let mut x = residual(decoder::embed(&root, "shared", [self.vocab, self.hidden], ids, pictures));
         let stack = root.sub("encoder");
         let bias = self.relative_bias(&stack, true);
         for layer in 0..self.encoder_layers {
             let block = stack.layer("block", layer);
             let (attn, normed) = self.enter(&block.layer("layer", 0), "SelfAttention", x);
-            let [q, k, v] = ["q", "k", "v"].map(|name| self.project(&attn, name, normed));
-            let mixed = attn.attention(self.heads).scale(1.0).relative_bias(bias.clone()).key_lengths(lengths);
-            x = x + residual(attn.linear("o", self.hidden).row().of(mixed.of(q, k, v)));
+            let [q, k, v] = self.project(&attn, ["q", "k", "v"], normed);
+            let mixed = self.attention(&attn).relative_bias(bias.clone()).key_lengths(lengths).of(q, k, v);
+            x = x + self.leave(&attn, mixed);
             x = x + self.feed_forward(&block.layer("layer", 1), x);
         }
         graph.output("encoder_output", stack.rms_norm("final_layer_norm", self.epsilon).of(x).cast(dtype));
@@ -148,16 +131,11 @@ impl T5 {
     /// `cross`: `encoder_output` to the keys and values that every decoder layer reads of it, `cross_key_N` and
     /// `cross_value_N` `[batch, source, heads * dim]`.
     fn cross(&self, dtype: DType, prefix: &str) -> Result<Network, GraphError> {
-        let graph = Graph::new("cross", dtype);
-        let shape = [Axis::Batch.into(), Axis::Source.into(), self.hidden.into()];
-        let x = graph.input("encoder_output", Type::new(dtype, shape));
-        for layer in 0..self.layers {
-            let attn =
-                graph.scope(prefix).sub("decoder").layer("block", layer).layer("layer", 1).sub("EncDecAttention");
-            graph.output(&format!("cross_key_{layer}"), self.project(&attn, "k", x));
-            graph.output(&format!("cross_value_{layer}"), self.project(&attn, "v", x));
-        }
-        graph.finish()
+        cross::network(dtype, [Axis::Source.into(), self.hidden.into()], self.layers, |graph, layer, x| {
+            let block = graph.scope(prefix).sub("decoder").layer("block", layer);
+            let attn = block.layer("layer", 1).sub("EncDecAttention");
+            self.project(&attn, ["k", "v"], x)
+        })
     }
 
     /// `decoder`: `input_ids` int32 `[batch, tokens]`, `past_lengths`, `sequence_lengths`, `source_lengths` and, with
@@ -166,32 +144,23 @@ impl T5 {
     fn decoder(&self, dtype: DType, prefix: &str, logits: Logits) -> Result<Network, GraphError> {
         let graph = Graph::new("decoder", dtype);
         let root = graph.scope(prefix);
-        let ids = graph.input("input_ids", Type::new(DType::Int32, [Axis::Batch.into(), Axis::Tokens.into()]));
-        let lengths = |name| graph.input(name, Type::new(DType::Int32, [Axis::Batch.into()]));
-        let cache =
-            CacheInputs { past_lengths: lengths("past_lengths"), sequence_lengths: lengths("sequence_lengths") };
-        let source_lengths = lengths("source_lengths");
-        let mut x = residual(root.embed("shared", self.vocab, self.hidden, ids));
+        let (ids, cache) = (decoder::tokens(&graph, "input_ids", Axis::Tokens), decoder::cache(&graph));
+        let source = Source::new(&graph, Axis::Source.into(), self.heads.query * self.heads.dim);
+        let mut x = residual(decoder::embed(&root, "shared", [self.vocab, self.hidden], ids, false));
         let stack = root.sub("decoder");
         let bias = self.relative_bias(&stack, false);
         for layer in 0..self.layers {
             let block = stack.layer("block", layer);
             let (attn, normed) = self.enter(&block.layer("layer", 0), "SelfAttention", x);
-            let [q, k, v] = ["q", "k", "v"].map(|name| self.project(&attn, name, normed));
-            let own = attn.attention(self.heads).causal().scale(1.0).relative_bias(bias.clone()).cached(layer, cache);
-            x = x + residual(attn.linear("o", self.hidden).row().of(own.of(q, k, v)));
+            let [q, k, v] = self.project(&attn, ["q", "k", "v"], normed);
+            let own = self.attention(&attn).causal().relative_bias(bias.clone()).cached(layer, cache);
+            x = x + self.leave(&attn, own.of(q, k, v));
             let (attn, normed) = self.enter(&block.layer("layer", 1), "EncDecAttention", x);
-            let shape = [Axis::Batch.into(), Axis::Source.into(), (self.heads.query * self.heads.dim).into()];
-            let [key, value] =
-                ["key", "value"].map(|kind| graph.input(&format!("cross_{kind}_{layer}"), Type::new(dtype, shape)));
-            let cross = attn.attention(self.heads).scale(1.0).key_lengths(source_lengths);
-            let mixed = cross.of(self.project(&attn, "q", normed), key, value);
-            x = x + residual(attn.linear("o", self.hidden).row().of(mixed));
+            let ([key, value], [q]) = (source.read(layer), self.project(&attn, ["q"], normed));
+            x = x + self.leave(&attn, source.within(self.attention(&attn)).of(q, key, value));
             x = x + self.feed_forward(&block.layer("layer", 2), x);
         }
-        if logits == Logits::Last {
-            x = x.last_token(lengths("last_token_ids"));
-        }
+        let x = decoder::wanted(&graph, x, logits);
         let mut x = stack.rms_norm("final_layer_norm", self.epsilon).of(x).cast(dtype);
         if self.scaled_head {
             x = x.scaled((self.hidden as f32).powf(-0.5));
@@ -203,13 +172,10 @@ impl T5 {
 
     /// Of the first block, read by all.
     fn relative_bias(&self, stack: &Scope<'_>, bidirectional: bool) -> RelativeBias {
+        let T5 { buckets, max_distance, heads, .. } = *self;
         let name = stack.name("block.0.layer.0.SelfAttention.relative_attention_bias.weight");
-        RelativeBias {
-            weight: Weight::tensor(name, &[self.buckets, self.heads.query]),
-            buckets: self.buckets,
-            max_distance: self.max_distance,
-            bidirectional,
-        }
+        let weight = Weight::tensor(name, &[buckets, heads.query]);
+        RelativeBias { weight, buckets, max_distance, bidirectional }
     }
 
     /// A sub-layer's scope and its normed input, in the network's type again.
@@ -217,8 +183,16 @@ impl T5 {
         (layer.sub(name), layer.rms_norm("layer_norm", self.epsilon).of(x).cast(layer.dtype()))
     }
 
-    fn project<'g>(&self, attn: &Scope<'g>, name: &str, x: Tensor<'g>) -> Tensor<'g> {
-        attn.linear(name, self.heads.query * self.heads.dim).column().of(x)
+    fn attention<'g>(&self, attn: &Scope<'g>) -> AttentionLayer<'g> {
+        attn.attention(self.heads).scale(1.0)
+    }
+
+    fn project<'g, const N: usize>(&self, attn: &Scope<'g>, names: [&str; N], x: Tensor<'g>) -> [Tensor<'g>; N] {
+        names.map(|name| attn.linear(name, self.heads.query * self.heads.dim).column().of(x))
+    }
+
+    fn leave<'g>(&self, attn: &Scope<'g>, mixed: Tensor<'g>) -> Tensor<'g> {
+        residual(attn.linear("o", self.hidden).row().of(mixed))
     }
 
     fn feed_forward<'g>(&self, layer: &Scope<'g>, x: Tensor<'g>) -> Tensor<'g> {

@@ -8,7 +8,7 @@ pub struct Vit {
     pub hidden: usize,
     pub ffn: usize,
     pub layers: usize,
-    pub heads: usize,
+    pub heads: Heads,
     /// Side of the square picture, in pixels.
     pub image_size: usize,
     pub patch: usize,
@@ -38,21 +38,18 @@ impl Defaults {
 
 impl Vit {
     pub(super) fn from_config(keys: &Keys, defaults: &Defaults) -> Result<Vit, GraphError> {
+        let hidden = keys.size("hidden_size", defaults.hidden)?;
         let vit = Vit {
-            hidden: keys.size("hidden_size", defaults.hidden)?,
+            hidden,
             ffn: keys.size("intermediate_size", defaults.ffn)?,
             layers: keys.size("num_hidden_layers", defaults.layers)?,
-            heads: keys.size("num_attention_heads", defaults.heads)?,
+            heads: keys.heads("num_attention_heads", defaults.heads, "hidden_size", hidden)?,
             image_size: keys.size("image_size", 224)?,
             patch: keys.size("patch_size", defaults.patch)?,
             channels: keys.size("num_channels", 3)?,
             activation: keys.activation("hidden_act", defaults.activation)?,
             epsilon: keys.positive("layer_norm_eps", defaults.epsilon)?,
         };
-        if !vit.hidden.is_multiple_of(vit.heads) {
-            let reason = format!("hidden_size {} does not divide by {} heads", vit.hidden, vit.heads);
-            return Err(keys.fault("num_attention_heads", reason));
-        }
         if vit.patch > vit.image_size {
             let reason = format!("a patch of {} does not fit a picture of {}", vit.patch, vit.image_size);
             return Err(keys.fault("patch_size", reason));
@@ -103,9 +100,8 @@ impl Vit {
         attend: impl FnOnce(&Scope<'g>, Heads, Tensor<'g>) -> Tensor<'g>,
     ) -> Tensor<'g> {
         let (attn, mlp) = (s.sub("self_attn"), s.sub("mlp"));
-        let heads = Heads { query: self.heads, key_value: self.heads, dim: self.hidden / self.heads };
         let normed = s.layer_norm("layer_norm1", self.epsilon).of(x);
-        let x = x + attend(&attn, heads, normed);
+        let x = x + attend(&attn, self.heads, normed);
         let normed = s.layer_norm("layer_norm2", self.epsilon).of(x);
         let wide = mlp.linear("fc1", self.ffn).bias().column().of(normed).activation(self.activation);
         x + mlp.linear("fc2", self.hidden).bias().row().of(wide)
