@@ -3,6 +3,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, QuantizedLinear, TensorEntr
 use graphs::interpret::Values;
 use graphs::{Coverage, DType, Facts, GraphError, Logits, Model, Network, VISION_TOWER, Weight, cover};
 use quant::{Entry, Source, SourceError};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -82,13 +83,34 @@ pub struct ModelSource {
     tower: Option<Checkpoint>,
 }
 
+/// The model of a checkpoint; what its generation config says of the token that a decoder starts with goes before config.json.
+fn model(checkpoint: &Checkpoint, config: &Value) -> Result<Model, ModelError> {
+    const KEY: &str = "decoder_start_token_id";
+    let model = Model::from_config(config)?;
+    let generation = checkpoint.json("generation_config.json")?;
+    let asked = generation.as_ref().and_then(|file| file.get(KEY)).filter(|value| !value.is_null());
+    let fault = |reason| GraphError::Config { key: KEY.into(), reason };
+    let model = match asked.map(|value| (value, value.as_u64().and_then(|id| usize::try_from(id).ok()))) {
+        None => model,
+        Some((_, Some(id))) => model.starting_with(id),
+        Some((value, None)) => {
+            return Err(fault(format!("found `{value}` in generation_config.json, wanted one id")).into());
+        }
+    };
+    let Facts { vocab, decoder_start_id, .. } = model.facts();
+    match decoder_start_id.filter(|&id| id >= vocab) {
+        Some(id) => Err(fault(format!("token id `{id}` is outside the vocabulary of `{vocab}`")).into()),
+        None => Ok(model),
+    }
+}
+
 impl ModelSource {
     /// Reads headers only: every tensor that the model needs is there with its shape, and none lies unused.
     ///
     /// # Errors
     /// All faults found, not the first only.
     pub fn new(checkpoint: Checkpoint) -> Result<ModelSource, ModelError> {
-        let model = Model::from_config(checkpoint.config())?;
+        let model = model(&checkpoint, checkpoint.config())?;
         let networks = model.networks(DType::Float32, Logits::Last)?;
         let mut coverage = cover(&model, &networks, checkpoint.tensors().map(|(name, _)| name));
         adopt_biases(&mut coverage, &checkpoint);
@@ -107,7 +129,7 @@ impl ModelSource {
     pub fn with_language(checkpoint: Checkpoint, language: Checkpoint) -> Result<ModelSource, ModelError> {
         let other = ModelSource::new(language)?;
         let folder = |checkpoint: &Checkpoint| checkpoint.folder().display().to_string();
-        let model = Model::from_config(checkpoint.config())?.with_language(other.model.clone()).map_err(|source| {
+        let model = model(&checkpoint, checkpoint.config())?.with_language(other.model.clone()).map_err(|source| {
             let (model, language) = (folder(&checkpoint), folder(&other.checkpoint));
             ModelError::Language { model, language, source: Box::new(source) }
         })?;
@@ -135,7 +157,7 @@ impl ModelSource {
         let mut config = checkpoint.config().clone();
         // CLIP's own config holds that of its text side too.
         config["vision_config"] = tower.config().get("vision_config").unwrap_or(tower.config()).clone();
-        let model = Model::from_config(&config)?;
+        let model = model(&checkpoint, &config)?;
         let networks = model.networks(DType::Float32, Logits::Last)?;
         let mut names: Vec<String> = checkpoint.tensors().map(|(name, _)| name.to_owned()).collect();
         // A tower that was trained with the rest lies among it, and then its own folder is out of date.

@@ -6,7 +6,9 @@ use graphs::DType;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::path::Path;
+use trtvlm::engine_dir::EngineDirectory;
 use trtvlm::processor::{Picture, Processor};
+use trtvlm::runtime::{Executor, Reference};
 
 const NAME: &str = "nougat";
 
@@ -14,7 +16,8 @@ fn golden() -> Vec<u8> {
     std::fs::read(fixture(NAME).join("golden.safetensors")).unwrap()
 }
 
-/// The golden's page and what is generated of it, without the token that the decoder starts with.
+/// The golden's page and what is generated of it, without the token that the decoder starts with. Behind it the end,
+/// which the generation config puts in the place of the last token and the golden was made without.
 fn page(folder: &Path) -> (String, Vec<u64>) {
     let bytes = golden();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -24,7 +27,7 @@ fn page(folder: &Path) -> (String, Vec<u64>) {
     image::RgbImage::from_raw(width, height, picture.data().to_vec()).unwrap().save(&path).unwrap();
     let ids = file.tensor("generated").unwrap();
     let ids: Vec<u64> = ids.data().as_chunks::<8>().0.iter().map(|id| u64::from_le_bytes(*id)).collect();
-    (path.display().to_string(), ids.strip_prefix(&[0]).unwrap_or(&ids).to_vec())
+    (path.display().to_string(), [ids.strip_prefix(&[0]).unwrap_or(&ids), &[2]].concat())
 }
 
 /// Another page: print in a part of it.
@@ -43,7 +46,7 @@ fn pixels_equal_the_golden() {
     let (height, width) = (picture.shape()[0], picture.shape()[1]);
     let picture = Picture::from_rgb(width, height, picture.data().to_vec()).unwrap();
     let processor = Processor::open(&fixture(NAME)).unwrap();
-    assert_eq!((processor.text.eos_ids(), processor.max_length), (&[2][..], Some(64)));
+    assert_eq!((processor.text.eos_ids(), processor.generation.max_length), (&[2][..], Some(64)));
     let values = processor.image.unwrap().process(&picture).unwrap();
     let wanted = file.tensor("pixel_values").unwrap().data();
     let wanted: Vec<f32> = wanted.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
@@ -91,6 +94,96 @@ fn nougat_generates_what_transformers_generates() {
     assert_eq!((&model["multimodal"]["num_visual_features"], &sizes["max_seq_len"]), (&json!(25), &json!(64)));
     let manifest: Value = serde_json::from_slice(&std::fs::read(output.join("manifest.json")).unwrap()).unwrap();
     assert_eq!(manifest["networks"], json!(["vision", "cross", "decoder"]));
+}
+
+/// What transformers' processors of scores make of a greedy answer to one page: one after the other, each token by itself.
+fn naive(directory: &Path, picture: &Picture, rules: &Value, count: usize) -> Vec<u64> {
+    let directory = EngineDirectory::open(directory).unwrap();
+    let pixels = Processor::open(&directory.processor()).unwrap().image.unwrap().process(picture).unwrap();
+    let mut executor = Reference::open(&directory).unwrap();
+    let listed = |key: &str| rules[key].as_array().into_iter().flatten().map(|id| id.as_u64().unwrap() as usize);
+    let start = rules["decoder_start_token_id"].as_i64().unwrap_or(0) as i32;
+    executor.see(&pixels, 1).unwrap();
+    executor.prefill(&[vec![start]]).unwrap();
+    let mut found = Vec::new();
+    loop {
+        let mut scores = executor.outputs().unwrap()["logits"].values.clone();
+        let read = found.len() + 1;
+        let mut force = |id: &Value| {
+            scores.fill(f32::NEG_INFINITY);
+            scores[id.as_u64().unwrap() as usize] = 0.0;
+        };
+        if read == 1 && rules["forced_bos_token_id"].is_u64() {
+            force(&rules["forced_bos_token_id"]);
+        }
+        if read == count && rules["forced_eos_token_id"].is_u64() {
+            force(&rules["forced_eos_token_id"]);
+        }
+        let begin = if rules["forced_bos_token_id"].is_u64() { 2 } else { 1 };
+        let never = listed("suppress_tokens").chain(listed("begin_suppress_tokens").filter(|_| read == begin));
+        never.for_each(|id| scores[id] = f32::NEG_INFINITY);
+        let best = (0..scores.len()).rev().max_by(|&a, &b| scores[a].total_cmp(&scores[b])).unwrap();
+        found.push(best as u64);
+        if best == 2 || found.len() == count {
+            return found;
+        }
+        executor.force(&[best as u32]).unwrap();
+        executor.decode(1).unwrap();
+    }
+}
+
+#[test]
+fn generation_configs_are_followed() {
+    let root = tempfile::tempdir().unwrap();
+    let (first, plain) = page(root.path());
+    let second = other(root.path(), "second.png", 2);
+    let pictures = [&first, &second].map(|path| Picture::open(Path::new(path)).unwrap());
+    let (checkpoint, output) = (root.path().join("checkpoint"), root.path().join("engines"));
+    copy_folder(&fixture(NAME), &checkpoint);
+    let mut answers = Vec::new();
+    for rules in [
+        json!({}),
+        json!({ "forced_bos_token_id": 7, "forced_eos_token_id": [9, 2] }),
+        json!({ "suppress_tokens": [plain[0], 5], "forced_eos_token_id": 2 }),
+        json!({ "begin_suppress_tokens": [plain[0]], "suppress_tokens": [] }),
+        json!({ "forced_bos_token_id": 7, "begin_suppress_tokens": [plain[0]], "decoder_start_token_id": 3 }),
+    ] {
+        edit_json(&checkpoint.join("generation_config.json"), |file| {
+            *file = json!({ "eos_token_id": 2, "max_length": 64 });
+            file.as_object_mut().unwrap().extend(rules.as_object().unwrap().clone());
+        });
+        build_reference(&checkpoint, &output, &["--max-batch-size", "2"]);
+        let naive_rules = match rules["forced_eos_token_id"].is_array() {
+            // Of equal scores the first.
+            true => json!({ "forced_bos_token_id": 7, "forced_eos_token_id": 2 }),
+            false => rules.clone(),
+        };
+        let wanted = pictures.each_ref().map(|picture| naive(&output, picture, &naive_rules, 6));
+        let found = run(&output, &["--image", &first, &second, "--max-new-tokens", "6"]);
+        assert_eq!(found.iter().map(ids).collect::<Vec<_>>(), wanted, "{rules}");
+        answers.extend(wanted);
+    }
+    let different: std::collections::BTreeSet<_> = answers.iter().step_by(2).collect();
+    assert!(different.len() == 5, "every rule matters: {answers:?}");
+
+    for (rules, wanted) in [
+        (json!({ "suppress_tokens": [320] }), "token id `320` is outside the vocabulary of `320`"),
+        (json!({ "suppress_tokens": "x" }), "`suppress_tokens` in generation_config.json: found `\"x\"`"),
+        (json!({ "forced_bos_token_id": [1, 2] }), "`forced_bos_token_id` in generation_config.json: found `[1,2]`"),
+    ] {
+        edit_json(&checkpoint.join("generation_config.json"), |file| *file = rules.clone());
+        build_reference(&checkpoint, &output, &[]);
+        let (code, text) = refuse(&["run", output.to_str().unwrap(), "--image", &first]);
+        assert!(code == 1 && text.contains(wanted), "{rules}: {code} {text}");
+    }
+    for (id, wanted) in [
+        (json!(320), "token id `320` is outside the vocabulary of `320`"),
+        (json!([0, 0]), "found `[0,0]` in generation_config.json, wanted one id"),
+    ] {
+        edit_json(&checkpoint.join("generation_config.json"), |file| *file = json!({ "decoder_start_token_id": id }));
+        let (code, text) = refuse(&["plan", checkpoint.to_str().unwrap()]);
+        assert!(code == 1 && text.contains(wanted) && text.contains("decoder_start_token_id"), "{code} {text}");
+    }
 }
 
 /// Matrices of 16 and 32 inputs, in groups of 16, one for each output, and as whole bytes.

@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{ChatTemplate, ImageProcessor, ProcessorError, TextProcessor};
+use super::{ChatTemplate, Generation, ImageProcessor, ProcessorError, TextProcessor};
 
 /// Every file of a checkpoint that the processor folder takes over, where the checkpoint has it.
 pub const FILES: [&str; 9] = [
@@ -26,8 +26,7 @@ pub struct Processor {
     pub text: TextProcessor,
     /// The chat template, where the checkpoint brings one.
     pub chat: Option<ChatTemplate>,
-    /// Tokens of an answer at most, by generation_config.json.
-    pub max_length: Option<usize>,
+    pub generation: Generation,
 }
 
 impl Processor {
@@ -58,24 +57,9 @@ impl Processor {
             image,
             text: TextProcessor::open_parts(folders)?,
             chat: ChatTemplate::open_parts(folders, multimodal)?,
-            max_length: max_length(folders)?,
+            generation: Generation::open_parts(folders)?,
         })
     }
-}
-
-fn max_length(folders: &[&Path]) -> Result<Option<usize>, ProcessorError> {
-    let generation = read_json(folders, "generation_config.json")?;
-    let Some(value) = generation.as_ref().and_then(|values| values.get("max_length")).filter(|value| !value.is_null())
-    else {
-        return Ok(None);
-    };
-    let length = value.as_u64().and_then(|length| usize::try_from(length).ok()).filter(|length| *length > 0);
-    length.map(Some).ok_or_else(|| ProcessorError::Setting {
-        file: "generation_config.json",
-        setting: "max_length".to_owned(),
-        found: value.to_string(),
-        wanted: "a number above 0".to_owned(),
-    })
 }
 
 /// Where a file lies: in the first folder that has it, else in the first.

@@ -6,6 +6,7 @@
 mod chat;
 mod error;
 mod folder;
+mod generation;
 mod image;
 mod page;
 mod picture;
@@ -18,6 +19,7 @@ mod text;
 pub use self::chat::{ChatMessage, ChatTemplate};
 pub use self::error::ProcessorError;
 pub use self::folder::{FILES, Processor};
+pub use self::generation::{Generation, TokenRules};
 pub use self::image::{ImageProcessor, Normalization, ResizeTo, Step};
 pub use self::picture::{MAXIMUM_ASPECT_RATIO, MAXIMUM_PIXELS, MAXIMUM_SIDE, Picture};
 pub use self::prompt::{LanguageInput, PLACEHOLDER, PromptRequest, PromptSettings, PromptTemplate};

@@ -7,6 +7,7 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::error::ProcessorError;
 use super::folder::{find, read_json};
+use super::generation::Generation;
 use super::sentencepiece;
 use super::stream::TextStream;
 
@@ -44,11 +45,7 @@ impl TextProcessor {
         if let Some(config) = &config {
             add_tokens(&mut tokenizer, config)?;
         }
-        let generation = read_json(folders, "generation_config.json")?;
-        let mut eos_ids = match generation.as_ref().and_then(|values| values.get("eos_token_id")) {
-            Some(value) => eos_of(value)?,
-            None => Vec::new(),
-        };
+        let mut eos_ids = Generation::open_parts(folders)?.end_ids;
         if eos_ids.is_empty() {
             let token = config.as_ref().and_then(|config| special_token(config, "eos_token"));
             eos_ids.extend(token.and_then(|token| tokenizer.token_to_id(&token)));
@@ -157,19 +154,4 @@ pub(super) fn special_token(config: &Value, name: &str) -> Option<String> {
     let value = config.get(name)?;
     let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
     Some(text.to_owned())
-}
-
-fn eos_of(value: &Value) -> Result<Vec<u32>, ProcessorError> {
-    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    let ids = match value {
-        Value::Null => Some(Vec::new()),
-        Value::Array(items) => items.iter().map(id).collect(),
-        _ => id(value).map(|id| vec![id]),
-    };
-    ids.ok_or_else(|| ProcessorError::Setting {
-        file: "generation_config.json",
-        setting: "eos_token_id".to_owned(),
-        found: value.to_string(),
-        wanted: "an id or a list of ids".to_owned(),
-    })
 }

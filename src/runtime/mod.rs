@@ -1,4 +1,5 @@
 //! Running engines: prefill, decode, stop. It knows no family, only what `config.json` says.
+mod choice;
 mod ranks;
 mod reference;
 mod session;
@@ -11,7 +12,8 @@ pub use session::{Answer, AnswerOptions, Ask, Session, Timings};
 pub use tensorrt::{Tensorrt, Work, layers};
 
 use crate::engine_dir::{EngineConfig, Sizes};
-use crate::processor::ProcessorError;
+use crate::processor::{ProcessorError, TokenRules};
+use choice::Choice;
 use graphs::Entry;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -196,7 +198,17 @@ pub struct Generated {
     pub finish_reason: FinishReason,
 }
 
-/// Generates for every prompt until its end token or `max_new_tokens`. `on_token` sees each new token of each request
+/// How far and by which rules tokens are made.
+#[derive(Clone, Copy, Debug)]
+pub struct GenerateOptions<'a> {
+    pub max_new_tokens: usize,
+    pub end_ids: &'a [u32],
+    pub rules: &'a TokenRules,
+    /// Whether the decoder reads one token of its own before the first new one, and no prompt.
+    pub starts_alone: bool,
+}
+
+/// Generates for every prompt until its end token or as many tokens as there may be. `on_token` sees each new token of each request
 /// (its number, the id) as it is made and may stop the whole batch.
 ///
 /// # Errors
@@ -204,29 +216,35 @@ pub struct Generated {
 pub fn generate(
     executor: &mut dyn Executor,
     prompts: &[Vec<i32>],
-    max_new_tokens: usize,
-    end_ids: &[u32],
+    options: GenerateOptions<'_>,
     on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<Vec<Generated>, RuntimeError> {
+    let GenerateOptions { max_new_tokens, end_ids, rules, starts_alone } = options;
     let unfinished = Generated { token_ids: Vec::new(), finish_reason: FinishReason::Length };
     let mut outputs = vec![unfinished; prompts.len()];
     if max_new_tokens == 0 || prompts.is_empty() {
         return Ok(outputs);
     }
-    let mut steps = vec![executor.prefill(prompts)?];
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let choice = Choice::new(rules, if starts_alone { 1 } else { longest }, max_new_tokens);
+    let likeliest = executor.prefill(prompts)?;
+    let mut steps = vec![choice.choose(executor, 0, likeliest)?];
     let mut made = 0;
     loop {
         for tokens in &steps {
+            let last = choice.last(made);
             made += 1;
             for (request, (output, &token)) in std::iter::zip(&mut outputs, tokens).enumerate() {
                 if output.finish_reason == FinishReason::Stop {
                     continue;
                 }
-                output.token_ids.push(token);
+                let given = last.unwrap_or(token);
+                output.token_ids.push(given);
+                // An end that is forced says only that there was no room for more.
                 if end_ids.contains(&token) {
                     output.finish_reason = FinishReason::Stop;
                 }
-                if on_token(request, token).is_break() {
+                if on_token(request, given).is_break() {
                     return Ok(outputs);
                 }
             }
@@ -234,7 +252,13 @@ pub fn generate(
         if made >= max_new_tokens || outputs.iter().all(|output| output.finish_reason == FinishReason::Stop) {
             break;
         }
-        steps = executor.decode(max_new_tokens - made)?;
+        steps = match choice.is_own(made) {
+            true => {
+                let likeliest = executor.decode(1)?.into_iter().next().unwrap_or_default();
+                vec![choice.choose(executor, made, likeliest)?]
+            }
+            false => executor.decode(max_new_tokens - made)?,
+        };
     }
     Ok(outputs)
 }
@@ -274,6 +298,29 @@ mod tests {
         }
     }
 
+    fn plain(max_new_tokens: usize, end_ids: &[u32]) -> GenerateOptions<'_> {
+        const NONE: &TokenRules =
+            &TokenRules { forced_first: None, forced_last: None, suppressed: vec![], suppressed_first: vec![] };
+        GenerateOptions { max_new_tokens, end_ids, rules: NONE, starts_alone: false }
+    }
+
+    #[test]
+    fn forced_tokens_take_the_place_of_others() {
+        let rules = TokenRules { forced_first: Some(20), forced_last: Some(9), ..TokenRules::default() };
+        let ids = |prompt: Vec<i32>, starts_alone: bool| {
+            let options = GenerateOptions { rules: &rules, starts_alone, ..plain(4, &[9]) };
+            let output = generate(&mut Counter(vec![]), &[prompt], options, &mut |_, _| ControlFlow::Continue(()));
+            output.unwrap().remove(0)
+        };
+        let cut = |token_ids: &[u32]| Generated { token_ids: token_ids.to_vec(), finish_reason: FinishReason::Length };
+        assert_eq!(ids(vec![1, 5], true), cut(&[20, 21, 22, 9]));
+        assert_eq!(ids(vec![1], false), cut(&[20, 21, 22, 9]));
+        // A decoder that has read a prompt is not at its beginning.
+        assert_eq!(ids(vec![1, 5], false), cut(&[2, 3, 4, 9]));
+        let stop = Generated { token_ids: vec![8, 9], finish_reason: FinishReason::Stop };
+        assert_eq!(ids(vec![7, 5], false), stop);
+    }
+
     #[test]
     fn each_request_ends_by_itself() {
         let mut seen = Vec::new();
@@ -281,7 +328,7 @@ mod tests {
             seen.push((request, token));
             ControlFlow::Continue(())
         };
-        let outputs = generate(&mut Counter(vec![]), &[vec![1], vec![7]], 4, &[9], &mut on_token).unwrap();
+        let outputs = generate(&mut Counter(vec![]), &[vec![1], vec![7]], plain(4, &[9]), &mut on_token).unwrap();
         let stop = Generated { token_ids: vec![8, 9], finish_reason: FinishReason::Stop };
         let length = Generated { token_ids: vec![2, 3, 4, 5], finish_reason: FinishReason::Length };
         assert_eq!(outputs, [length, stop]);
@@ -290,7 +337,7 @@ mod tests {
 
     #[test]
     fn the_caller_may_stop() {
-        let outputs = generate(&mut Counter(vec![]), &[vec![1]], 9, &[], &mut |_, token| {
+        let outputs = generate(&mut Counter(vec![]), &[vec![1]], plain(9, &[]), &mut |_, token| {
             if token == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
         assert_eq!(outputs.unwrap()[0].token_ids, [2, 3]);

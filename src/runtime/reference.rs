@@ -1,4 +1,5 @@
 //! The reference target: the network text and the stored weights of an engine directory, interpreted on the CPU.
+use super::choice::best;
 use super::{Executor, Output, RuntimeError, check_prompts};
 use crate::assemble::file_of;
 use crate::engine_dir::{EngineConfig, EngineDirectory};
@@ -202,7 +203,9 @@ impl Reference {
         self.outputs = self.language.run(&inputs, &mut self.caches, None)?;
         self.lengths = sequence;
         let logits = self.outputs.get(LOGITS);
-        self.tokens = best(logits.ok_or_else(|| RuntimeError::Inconsistent { what: "language network".into() })?)?;
+        let logits = logits.ok_or_else(|| RuntimeError::Inconsistent { what: "language network".into() })?;
+        let values = logits.floats().map_err(|what| RuntimeError::Inconsistent { what })?;
+        self.tokens = best(values, logits.shape.last().copied().unwrap_or(0));
         Ok(self.tokens.clone())
     }
 }
@@ -269,16 +272,4 @@ impl Executor for Reference {
         };
         self.outputs.iter().map(output).collect()
     }
-}
-
-/// The largest logit of each row; the first of equals, as PyTorch's argmax.
-fn best(logits: &Array) -> Result<Vec<u32>, RuntimeError> {
-    let values = logits.floats().map_err(|what| RuntimeError::Inconsistent { what })?;
-    let width = logits.shape.last().copied().unwrap_or(1).max(1);
-    let row = |row: &[f32]| {
-        let start = (0, f32::NEG_INFINITY);
-        row.iter().enumerate().fold(start, |best, (id, &value)| if value > best.1 { (id, value) } else { best }).0
-            as u32
-    };
-    Ok(values.chunks_exact(width).map(row).collect())
 }

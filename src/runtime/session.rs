@@ -1,5 +1,5 @@
 //! Questions in, answers out: pictures and prompts are prepared, a target's executor runs, ids become text.
-use super::{Executor, FinishReason, RuntimeError, generate};
+use super::{Executor, FinishReason, GenerateOptions, RuntimeError, generate};
 use crate::engine_dir::EngineConfig;
 use crate::processor::{ChatMessage, PLACEHOLDER, Picture, Processor, PromptRequest, PromptSettings, PromptTemplate};
 use serde::Serialize;
@@ -103,6 +103,7 @@ impl Session {
         if wanted > limit {
             return Err(RuntimeError::TooManyTokens { found: wanted, limit });
         }
+        self.processor.generation.rules.check(self.config.pretrained_config.vocab_size as u32)?;
         let start = Instant::now();
         let mut prompts = Vec::with_capacity(asks.len());
         let (mut pixels, mut pictures) = (Vec::new(), 0);
@@ -125,6 +126,12 @@ impl Session {
         let text = &self.processor.text;
         let mut streams: Vec<_> = asks.iter().map(|_| text.stream()).collect();
         let (mut failure, mut first_token) = (None, None);
+        let options = GenerateOptions {
+            max_new_tokens: wanted,
+            end_ids: text.eos_ids(),
+            rules: &self.processor.generation.rules,
+            starts_alone: self.config.pretrained_config.decoder_start_token_id.is_some(),
+        };
         let start = Instant::now();
         let mut on_token = |request: usize, token: u32| {
             first_token.get_or_insert_with(|| start.elapsed());
@@ -140,7 +147,7 @@ impl Session {
                 None => ControlFlow::Continue(()),
             }
         };
-        let generated = generate(self.executor.as_mut(), &prompts, wanted, text.eos_ids(), &mut on_token)?;
+        let generated = generate(self.executor.as_mut(), &prompts, options, &mut on_token)?;
         if let Some(error) = failure {
             return Err(error.into());
         }
@@ -161,8 +168,11 @@ impl Session {
     /// New tokens of an answer by the generation config, which counts the token that a decoder starts with. Without an
     /// encoder it counts the prompt too, and what it says there is hardly ever meant.
     fn usual_length(&self) -> usize {
-        let length =
-            self.processor.max_length.filter(|_| self.config.pretrained_config.decoder_start_token_id.is_some());
+        let length = self
+            .processor
+            .generation
+            .max_length
+            .filter(|_| self.config.pretrained_config.decoder_start_token_id.is_some());
         length.map_or(usize::MAX, |length| length.saturating_sub(1))
     }
 

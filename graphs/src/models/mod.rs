@@ -175,6 +175,16 @@ impl Model {
         }
     }
 
+    /// The same model with another token that its decoder starts with, where that is an encoder-decoder's.
+    pub fn starting_with(mut self, id: usize) -> Model {
+        match &mut self {
+            Model::T5(t5) | Model::Blip2(Blip2 { language: Blip2Language::T5(t5), .. }) => t5.start_id = id,
+            Model::Mbart(mbart) | Model::Nougat(Nougat { language: mbart, .. }) => mbart.start_id = id,
+            Model::Llama(_) | Model::Opt(_) | Model::Llava(_) | Model::Blip2(_) | Model::Vila(_) => {}
+        }
+        self
+    }
+
     /// Prefix of the canonical names of the language part, where a model has others too.
     pub fn language_prefix(&self) -> &'static str {
         match self {
