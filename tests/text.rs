@@ -69,6 +69,43 @@ fn ids_and_texts_are_those_of_sentencepiece() {
     }
 }
 
+/// T5's kind: a unigram model whose text is normalized, with an end and a hundred tokens of no text.
+#[test]
+fn ids_are_those_of_sentencepiece_unigram() {
+    let golden = json_file("spiece/golden.json");
+    assert!(golden.len() > 15);
+    let model = std::fs::read(fixture("spiece").join("spiece.model")).expect("read");
+    let (named, classed) =
+        (tempfile::tempdir().expect("folder"), folder(&model, r#"{"tokenizer_class": "T5Tokenizer"}"#));
+    std::fs::write(named.path().join("spiece.model"), &model).expect("written");
+    let modern = folder(&model, r#"{"tokenizer_class": "T5TokenizerFast", "legacy": false, "extra_ids": 100}"#);
+    for folder in [named.path(), classed.path(), modern.path()] {
+        let text = TextProcessor::open(folder).expect("tokenizer");
+        for row in &golden {
+            let line = row["text"].as_str().expect("text");
+            let ids: Vec<u32> = serde_json::from_value(row["ids"].clone()).expect("ids");
+            assert_eq!(text.encode(line, false).expect("ids"), ids, "{line:?}");
+            assert_eq!(text.encode(line, true).expect("ids"), [ids.as_slice(), &[1]].concat(), "{line:?}");
+            // What is unknown has no text here.
+            if !ids.contains(&2) {
+                assert_eq!(text.decode(&ids).expect("text"), row["decoded"].as_str().expect("text"));
+            }
+        }
+        assert_eq!((text.token_id("<extra_id_99>"), text.token_id("<extra_id_0>")), (Some(400), Some(499)));
+        assert_eq!(text.encode("x<extra_id_1>", false).expect("ids"), [4, 180, 498]);
+    }
+    let few = folder(&model, r#"{"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "add_eos_token": false}"#);
+    let text = TextProcessor::open(few.path()).expect("tokenizer");
+    assert_eq!((text.encode("x", true).expect("ids"), text.token_id("<extra_id_0>")), (vec![4, 180], None));
+    let many = folder(&model, r#"{"tokenizer_class": "T5Tokenizer", "extra_ids": 1000000}"#);
+    assert_eq!(
+        reason(many.path()),
+        "found `1000000` as extra_ids of tokenizer_config.json, wanted a number up to 65536"
+    );
+    let llama = folder(&model, r#"{"tokenizer_class": "LlamaTokenizer"}"#);
+    assert_eq!(reason(llama.path()), "found no piece `<s>`, which is the bos_token");
+}
+
 #[test]
 fn the_config_says_what_stands_around_a_text() {
     let ids = |config: &str| {
@@ -92,10 +129,18 @@ fn a_tokenizer_json_beside_it_goes_first() {
 #[test]
 fn other_files_are_refused() {
     let hint = "hint: save the checkpoint's tokenizer.json with transformers";
-    let wanted = "wanted byte pairs of text that is left as it is";
+    let wanted = "wanted a unigram model, or byte pairs of text that is left as it is";
     // A piece `a`, then a trainer (field 2) and a normalizer (field 3).
     let file = |rest: &[u8]| [&[0x0a, 3, 0x0a, 1, b'a'], rest].concat();
-    let cases: [(Vec<u8>, String); 11] = [
+    let incomplete = format!("found a unigram model without an unknown piece, or with unused ones; {hint}");
+    let cases: [(Vec<u8>, String); 14] = [
+        (file(&[0x12, 2, 0x18, 3]), format!("found a SentencePiece model of type `3`, {wanted}; {hint}")),
+        // The piece `b` is unknown, and an unused one beside it.
+        (file(&[0x0a, 5, 0x0a, 1, b'b', 0x18, 2, 0x0a, 5, 0x0a, 1, b'c', 0x18, 5]), incomplete.clone()),
+        (
+            file(&[0x0a, 5, 0x0a, 1, b'b', 0x18, 2, 0x1a, 4, 0x12, 2, 1, 2]),
+            "found a table of replacements that leads out of itself".into(),
+        ),
         (vec![], "found no pieces, wanted a SentencePiece model".into()),
         (b"{\"version\"".to_vec(), "found a field of wire type `3`, wanted a SentencePiece model".into()),
         (model()[..100].to_vec(), "the file ends in the middle of a field".into()),
@@ -103,7 +148,7 @@ fn other_files_are_refused() {
             vec![0x08, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff],
             "found a number of more than ten bytes, wanted a SentencePiece model".into(),
         ),
-        (file(&[]), format!("found a SentencePiece model of type `1`, {wanted}; {hint}")),
+        (file(&[]), incomplete),
         (
             file(&[0x12, 2, 0x18, 2]),
             format!("found a SentencePiece model that treats its text otherwise, {wanted}; {hint}"),

@@ -5,9 +5,10 @@ use serde_json::Value;
 use super::{ChatTemplate, Generation, ImageProcessor, ProcessorError, TextProcessor};
 
 /// Every file of a checkpoint that the processor folder takes over, where the checkpoint has it.
-pub const FILES: [&str; 9] = [
+pub const FILES: [&str; 10] = [
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",

@@ -15,6 +15,7 @@ mod resize;
 mod sentencepiece;
 mod stream;
 mod text;
+mod unigram;
 
 pub use self::chat::{ChatMessage, ChatTemplate};
 pub use self::error::ProcessorError;

@@ -1,14 +1,21 @@
 //! SentencePiece's `tokenizer.model` (`sentencepiece_model.proto`, a protocol buffer), as the JSON of a tokenizer.
 //!
-//! Only byte-pair models that leave their text as it is, which is what LLaMA's are. As in transformers'
-//! `convert_slow_tokenizer.py` a piece is merged from any two pieces that make it, and its score is their rank.
+//! Byte-pair models that leave their text as it is, which is what LLaMA's are, and unigram models, which is what T5's are
+//! (`spiece.model` there). As in transformers' `convert_slow_tokenizer.py` a piece of byte pairs is merged from any two
+//! pieces that make it, and its score is their rank.
 
 use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
+use super::unigram;
+
 /// What SentencePiece writes for a blank.
 const BLANK: &str = "\u{2581}";
+/// In the name of a T5 tokenizer's class.
+const T5: &str = "T5Tokenizer";
+/// More tokens than any model has beside its pieces.
+const MOST_EXTRA: u64 = 1 << 16;
 const HINT: &str = "hint: save the checkpoint's tokenizer.json with transformers";
 
 #[derive(Clone, Copy, PartialEq)]
@@ -38,63 +45,107 @@ struct Model {
     marks_blanks: bool,
     /// Blanks belong to the word before them.
     blanks_last: bool,
-    normalizes: bool,
+    /// What text is normalized by; empty where it is left as it is.
+    table: Vec<u8>,
 }
 
-/// The `tokenizer.json` of a `tokenizer.model`; what stands around a text is what `tokenizer_config.json` asks for.
+/// The `tokenizer.json` of a `tokenizer.model`; what stands around a text is what `tokenizer_config.json` asks for, and
+/// where that says nothing what T5 does (`t5`, or its class) or LLaMA.
 ///
 /// # Errors
 /// The bytes are no such file, or it holds a model of another algorithm.
-pub(super) fn tokenizer(bytes: &[u8], config: Option<&Value>) -> Result<Value, String> {
+pub(super) fn tokenizer(bytes: &[u8], config: Option<&Value>, t5: bool) -> Result<Value, String> {
     let model = Model::parse(bytes)?;
-    let wanted = "wanted byte pairs of text that is left as it is";
-    if model.algorithm != 2 {
-        return Err(format!("found a SentencePiece model of type `{}`, {wanted}; {HINT}", model.algorithm));
-    }
-    if model.normalizes || model.removes_blanks || !model.marks_blanks || model.blanks_last {
+    let wanted = "wanted a unigram model, or byte pairs of text that is left as it is";
+    let unigram = match model.algorithm {
+        1 => true,
+        2 => false,
+        other => return Err(format!("found a SentencePiece model of type `{other}`, {wanted}; {HINT}")),
+    };
+    let changes = !unigram && (!model.table.is_empty() || model.removes_blanks);
+    if changes || !model.marks_blanks || model.blanks_last {
         return Err(format!("found a SentencePiece model that treats its text otherwise, {wanted}; {HINT}"));
     }
     let vocab: HashMap<&str, usize> = model.pieces.iter().enumerate().map(|(id, p)| (p.text.as_str(), id)).collect();
     if vocab.len() != model.pieces.len() {
         return Err("found a piece twice, wanted different ones".into());
     }
-    let unknown = model.pieces.iter().find(|piece| piece.kind == Kind::Unknown).map(|piece| &piece.text);
+    let unknown = model.pieces.iter().position(|piece| piece.kind == Kind::Unknown);
+    if unigram && (unknown.is_none() || model.pieces.iter().any(|piece| piece.kind == Kind::Unused)) {
+        return Err(format!("found a unigram model without an unknown piece, or with unused ones; {HINT}"));
+    }
+    let class = config.and_then(|config| config.get("tokenizer_class")?.as_str());
+    let t5 = class.map_or(t5, |class| class.starts_with(T5));
+    let extra = extra_tokens(config, t5)?;
     let added = model.pieces.iter().enumerate().filter_map(|(id, piece)| {
         let special = matches!(piece.kind, Kind::Control | Kind::Unknown);
-        (special || piece.kind == Kind::UserDefined).then(|| {
-            json!({"id": id, "content": piece.text, "special": special, "normalized": false,
-                "single_word": false, "lstrip": false, "rstrip": false})
-        })
+        (special || piece.kind == Kind::UserDefined).then(|| added_token(id, &piece.text, special))
     });
-    let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+    let first = model.pieces.len();
+    let extra = extra.iter().enumerate().map(|(place, text)| added_token(first + place, text, true));
     // `legacy` sets a blank before the text after each special token too, not only before the whole.
     let legacy = flag(config, "legacy", true);
-    let (normalizer, splitter) = if legacy {
-        let prepend = model.adds_blank.then(|| json!({"type": "Prepend", "prepend": BLANK}));
-        let steps: Vec<Value> = prepend.into_iter().chain([replace(" ", BLANK)]).collect();
-        (json!({"type": "Sequence", "normalizers": steps}), Value::Null)
+    let mut steps = Vec::new();
+    if !model.table.is_empty() {
+        steps.push(unigram::normalizer(&model.table)?);
+    }
+    if model.removes_blanks {
+        // A blank at the beginning is the one that is added there; without it `Metaspace` would miss the place.
+        let left = legacy || !model.adds_blank;
+        steps.push(json!({"type": "Strip", "strip_left": left, "strip_right": true}));
+        steps.push(json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}));
+    }
+    let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+    let splitter = if legacy {
+        steps.extend(model.adds_blank.then(|| json!({"type": "Prepend", "prepend": BLANK})));
+        steps.push(replace(" ", BLANK));
+        Value::Null
     } else {
         let scheme = if model.adds_blank { "first" } else { "never" };
-        let splitter = json!({"type": "Metaspace", "replacement": BLANK, "prepend_scheme": scheme, "split": false});
-        (Value::Null, splitter)
+        json!({"type": "Metaspace", "replacement": BLANK, "prepend_scheme": scheme, "split": false})
     };
+    let normalizer = if steps.is_empty() { Value::Null } else { json!({"type": "Sequence", "normalizers": steps}) };
+    let bytes = model.pieces.iter().any(|piece| piece.kind == Kind::Byte);
     let mut decoders = vec![replace(BLANK, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
     if model.adds_blank {
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
     Ok(json!({
         "version": "1.0",
-        "added_tokens": added.collect::<Vec<_>>(),
+        "added_tokens": added.chain(extra).collect::<Vec<_>>(),
         "normalizer": normalizer,
         "pre_tokenizer": splitter,
-        "post_processor": around(&vocab, config)?,
+        "post_processor": around(&vocab, config, t5)?,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE", "unk_token": unknown, "fuse_unk": true,
-            "byte_fallback": model.pieces.iter().any(|piece| piece.kind == Kind::Byte),
-            "vocab": vocab, "merges": merges(&model.pieces),
+        "model": match unigram {
+            true => json!({
+                "type": "Unigram", "unk_id": unknown, "byte_fallback": bytes,
+                "vocab": model.pieces.iter().map(|piece| (&piece.text, piece.score)).collect::<Vec<_>>(),
+            }),
+            false => json!({
+                "type": "BPE", "unk_token": unknown.map(|id| &model.pieces[id].text), "fuse_unk": true,
+                "byte_fallback": bytes, "vocab": vocab, "merges": merges(&model.pieces),
+            }),
         },
     }))
+}
+
+fn added_token(id: usize, text: &str, special: bool) -> Value {
+    json!({"id": id, "content": text, "special": special, "normalized": false,
+        "single_word": false, "lstrip": false, "rstrip": false})
+}
+
+/// T5's tokens behind the pieces, counted down.
+fn extra_tokens(config: Option<&Value>, t5: bool) -> Result<Vec<String>, String> {
+    let asked = config.and_then(|config| config.get("extra_ids")).filter(|value| !value.is_null());
+    let count = match asked {
+        None if t5 => 100,
+        None => 0,
+        Some(value) => value.as_u64().filter(|&count| count <= MOST_EXTRA).ok_or_else(|| {
+            format!("found `{value}` as extra_ids of tokenizer_config.json, wanted a number up to {MOST_EXTRA}")
+        })?,
+    };
+    Ok((0..count).rev().map(|number| format!("<extra_id_{number}>")).collect())
 }
 
 /// Pairs of pieces in the order in which they are to be merged.
@@ -115,8 +166,8 @@ fn merges(pieces: &[Piece]) -> Vec<(&str, &str)> {
     ranked.into_iter().map(|(.., pair)| pair).collect()
 }
 
-/// The begin and end tokens that `LlamaTokenizer` puts around a text.
-fn around(vocab: &HashMap<&str, usize>, config: Option<&Value>) -> Result<Value, String> {
+/// The begin and end tokens that `LlamaTokenizer` or `T5Tokenizer` puts around a text.
+fn around(vocab: &HashMap<&str, usize>, config: Option<&Value>, t5: bool) -> Result<Value, String> {
     let token = |name: &str, default: &str| {
         let token = config.and_then(|config| super::text::special_token(config, name));
         let token = token.unwrap_or_else(|| default.to_owned());
@@ -128,8 +179,8 @@ fn around(vocab: &HashMap<&str, usize>, config: Option<&Value>) -> Result<Value,
     let mut single = vec![json!({"Sequence": {"id": "A", "type_id": 0}})];
     let mut special = serde_json::Map::new();
     let asked = [
-        ("bos_token", "<s>", flag(config, "add_bos_token", true)),
-        ("eos_token", "</s>", flag(config, "add_eos_token", false)),
+        ("bos_token", "<s>", flag(config, "add_bos_token", !t5)),
+        ("eos_token", "</s>", flag(config, "add_eos_token", t5)),
     ];
     for (name, default, _) in asked.iter().filter(|(.., asked)| *asked) {
         let (token, id) = token(name, default)?;
@@ -154,7 +205,7 @@ impl Model {
             removes_blanks: true,
             marks_blanks: true,
             blanks_last: false,
-            normalizes: false,
+            table: Vec::new(),
         };
         let mut fields = Fields(bytes);
         while let Some(field) = fields.next()? {
@@ -174,7 +225,7 @@ impl Model {
                     let mut fields = Fields(normalizer);
                     while let Some(field) = fields.next()? {
                         match field {
-                            (2, Wire::Bytes(map)) => model.normalizes = !map.is_empty(),
+                            (2, Wire::Bytes(map)) => model.table = map.to_vec(),
                             (3, Wire::Number(flag)) => model.adds_blank = flag != 0,
                             (4, Wire::Number(flag)) => model.removes_blanks = flag != 0,
                             (5, Wire::Number(flag)) => model.marks_blanks = flag != 0,

@@ -19,7 +19,7 @@ pub struct TextProcessor {
 }
 
 impl TextProcessor {
-    /// Reads tokenizer.json, or where there is none tokenizer.model, with tokenizer_config.json and generation_config.json where they are there.
+    /// Reads tokenizer.json, or where there is none tokenizer.model or spiece.model, with tokenizer_config.json and generation_config.json where they are there.
     ///
     /// Special tokens around a text (BOS) are what tokenizer.json's post-processor adds; the old `add_bos_token` of
     /// tokenizer_config.json is not looked at.
@@ -96,14 +96,18 @@ impl TextProcessor {
 
 /// The tokenizer's JSON and the file that it comes from.
 fn definition(folders: &[&Path], config: Option<&Value>) -> Result<(PathBuf, Vec<u8>), ProcessorError> {
-    let (path, pieces) = (find(folders, "tokenizer.json"), find(folders, "tokenizer.model"));
+    let path = find(folders, "tokenizer.json");
+    let pieces = ["tokenizer.model", "spiece.model"].map(|name| find(folders, name));
+    let pieces = pieces.into_iter().find(|pieces| pieces.exists());
     let read =
         |path: &Path| std::fs::read(path).map_err(|source| ProcessorError::Read { path: path.to_path_buf(), source });
-    if path.exists() || !pieces.exists() {
+    let Some(pieces) = pieces.filter(|_| !path.exists()) else {
         let bytes = read(&path)?;
         return Ok((path, bytes));
-    }
-    match sentencepiece::tokenizer(&read(&pieces)?, config) {
+    };
+    // By the name that T5's files have.
+    let t5 = pieces.ends_with("spiece.model");
+    match sentencepiece::tokenizer(&read(&pieces)?, config, t5) {
         Ok(json) => Ok((pieces, json.to_string().into_bytes())),
         Err(reason) => Err(ProcessorError::Parse { path: pieces, reason }),
     }
