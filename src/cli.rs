@@ -2,6 +2,7 @@
 use crate::commands;
 use crate::failure::{Exit, Failure};
 use crate::report::{Color, Printer, ProgressMode};
+use crate::runtime::Way;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use graphs::DType;
 use std::path::PathBuf;
@@ -202,6 +203,20 @@ pub struct CalibrateArgs {
     pub together: usize,
 }
 
+/// Flags about the ranks of a directory that was built with --tp.
+#[derive(Debug, Default, Args)]
+pub struct RankArgs {
+    /// The GPU of each rank, which several may have in common [default: one each, or all on the only one]
+    #[arg(long, value_delimiter = ',', value_name = "GPU")]
+    pub devices: Vec<usize>,
+    /// What joins ranks on GPUs [default: local]
+    #[arg(long, value_enum)]
+    pub join: Option<Way>,
+    /// Seconds that a rank waits for the others [default: 60; 600 on the reference in one process]
+    #[arg(long, env = "TRTVLM_RANK_TIMEOUT", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub rank_timeout: Option<u64>,
+}
+
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// A directory that `build` wrote
@@ -221,6 +236,8 @@ pub struct RunArgs {
     /// Put each prompt into the checkpoint's chat template
     #[arg(long)]
     pub chat: bool,
+    #[command(flatten)]
+    pub ranks: RankArgs,
 }
 
 #[derive(Debug, Args)]
@@ -247,6 +264,8 @@ pub struct VerifyArgs {
     /// Of the random input
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    #[command(flatten)]
+    pub ranks: RankArgs,
 }
 
 #[derive(Debug, Args)]
@@ -262,6 +281,8 @@ pub struct BenchArgs {
     /// Decode steps measured [default: 48]
     #[arg(long)]
     pub output_len: Option<usize>,
+    #[command(flatten)]
+    pub ranks: RankArgs,
 }
 
 #[derive(Debug, Args)]

@@ -1,17 +1,17 @@
 //! `run`: prompts and pictures in, answers out.
-use crate::cli::{RunArgs, Target};
+use crate::cli::{RankArgs, RunArgs, Target};
 use crate::engine_dir::EngineDirectory;
 use crate::failure::{Exit, Failure};
 use crate::processor::{Picture, Processor};
 use crate::report::Printer;
-use crate::runtime::{AnswerOptions, Ask, Executor, Ranks, Reference, Session, Tensorrt};
+use crate::runtime::{AnswerOptions, Ask, Executor, Placement, Ranks, Reference, Session, Tensorrt};
 use serde_json::json;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub fn run(args: &RunArgs, printer: &Printer) -> Result<(), Failure> {
     let start = Instant::now();
     let pictures: Vec<Picture> = args.image.iter().map(|path| Picture::open(path)).collect::<Result<_, _>>()?;
-    let mut session = open(&EngineDirectory::open(&args.directory)?, args.target)?;
+    let mut session = open(&EngineDirectory::open(&args.directory)?, args.target, &args.ranks)?;
     let prompts = prompts(args, &session)?;
     let shares = share(&prompts, &session, pictures.len())?;
     let asks: Vec<Ask> = std::iter::zip(&prompts, shares)
@@ -56,16 +56,20 @@ pub fn run(args: &RunArgs, printer: &Printer) -> Result<(), Failure> {
 }
 
 /// Loads a directory for one of its targets.
-pub(super) fn open(directory: &EngineDirectory, target: Option<Target>) -> Result<Session, Failure> {
+pub(super) fn open(directory: &EngineDirectory, target: Option<Target>, ranks: &RankArgs) -> Result<Session, Failure> {
     for name in directory.manifest.files.keys().filter(|name| name.starts_with(crate::engine_dir::PROCESSOR)) {
         directory.file(name)?;
     }
     let processor = Processor::open(&directory.processor())?;
-    Ok(Session::new(executor(directory, target)?, processor, directory.config(directory.language())?))
+    Ok(Session::new(executor(directory, target, ranks)?, processor, directory.config(directory.language())?))
 }
 
 /// The networks of a directory, ready to run: those asked for, or the fastest that it has.
-pub(super) fn executor(directory: &EngineDirectory, target: Option<Target>) -> Result<Box<dyn Executor>, Failure> {
+pub(super) fn executor(
+    directory: &EngineDirectory,
+    target: Option<Target>,
+    ranks: &RankArgs,
+) -> Result<Box<dyn Executor>, Failure> {
     let targets = &directory.manifest.targets;
     let has = |target: Target| targets.contains_key(target.name());
     let default = if has(Target::Tensorrt) { Target::Tensorrt } else { Target::Reference };
@@ -75,11 +79,16 @@ pub(super) fn executor(directory: &EngineDirectory, target: Option<Target>) -> R
         return Err(Failure::new(Exit::Refused, message).hint(Some("use --target reference".into())));
     }
     check_target(directory, target)?;
-    Ok(match target {
-        Target::Tensorrt => Box::new(Tensorrt::open(directory)?),
-        _ if directory.manifest.tp > 1 => Box::new(Ranks::open(directory)?),
-        _ => Box::new(Reference::open(directory)?),
+    Ok(match (target, directory.manifest.tp) {
+        (Target::Tensorrt, 1) if ranks.devices.is_empty() => Box::new(Tensorrt::open(directory)?),
+        (Target::Tensorrt, _) => Box::new(Ranks::tensorrt(directory, &placement(ranks))?),
+        (_, 1) => Box::new(Reference::open(directory)?),
+        _ => Box::new(Ranks::reference(directory, false, &placement(ranks))?),
     })
+}
+
+pub(super) fn placement(args: &RankArgs) -> Placement {
+    Placement { devices: args.devices.clone(), way: args.join, patience: args.rank_timeout.map(Duration::from_secs) }
 }
 
 /// Refuses a directory that was not built for a target.

@@ -4,7 +4,7 @@ mod reference;
 mod session;
 mod tensorrt;
 
-pub use ranks::Ranks;
+pub use ranks::{Placement, Ranks, Way};
 pub use reference::{NETWORK, Reference, WEIGHTS};
 pub(crate) use session::prompt_settings;
 pub use session::{Answer, AnswerOptions, Ask, Session, Timings};
@@ -57,6 +57,17 @@ pub enum RuntimeError {
     Backend(#[from] crate::backend::BackendError),
     #[error("TensorRT failed")]
     TensorRt(#[from] tensorrt_sys::Error),
+    #[error(transparent)]
+    Communicator(#[from] crate::plugins::CommunicatorError),
+    /// What one rank says of another.
+    #[error("{0}")]
+    Ranks(String),
+    #[error("rank {rank} cannot go on")]
+    Rank { rank: usize, source: Box<RuntimeError> },
+    #[error("rank {rank} has stopped")]
+    RankStopped { rank: usize },
+    #[error("the model has {ranks} ranks, there are {found} devices for them")]
+    Devices { ranks: usize, found: usize },
     #[error("the engines were built by {built}; the library here is {here}")]
     OtherVersion { built: String, here: String, command: String },
     #[error("the engines were built for {built}; the GPU here is {here}")]
@@ -84,6 +95,9 @@ impl RuntimeError {
             RuntimeError::Device(error) => error.hint(),
             RuntimeError::Backend(error) => error.hint(),
             RuntimeError::TensorRt(error) => error.hint(),
+            RuntimeError::Communicator(error) => error.hint(),
+            RuntimeError::Rank { source, .. } => source.hint(),
+            RuntimeError::Devices { .. } => Some("name the GPU of each rank: --devices 0,1 or, on one, 0,0".into()),
             RuntimeError::OtherVersion { command, .. } | RuntimeError::OtherGpu { command, .. } => {
                 Some(format!("build them again here: `{command}`"))
             }
