@@ -1,8 +1,11 @@
 //! The command line: types for clap, and the way from them to the commands.
+mod ranks;
+
+pub use ranks::{ProcessArgs, RankArgs};
+
 use crate::commands;
 use crate::failure::{Exit, Failure};
 use crate::report::{Color, Printer, ProgressMode};
-use crate::runtime::Way;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use graphs::DType;
 use std::path::PathBuf;
@@ -55,7 +58,8 @@ pub enum Command {
     Calibrate(CalibrateArgs),
     /// Answer prompts, about pictures too, from a built directory
     #[command(after_help = "Examples:\n  trtvlm run engines --image merlion.png --prompt \"Which city is this?\"\n  \
-        trtvlm run engines --target reference --prompt \"The capital of France is\" --max-new-tokens 4 --json")]
+        trtvlm run engines --target reference --prompt \"The capital of France is\" --max-new-tokens 4 --json\n  \
+        mpirun -n 2 trtvlm run engines-of-two-ranks --prompt \"Which city is this?\"")]
     Run(RunArgs),
     /// Compare engines with the reference on the same random input
     #[command(after_help = "Examples:\n  trtvlm verify engines\n  trtvlm verify engines --layers --steps 4 --json")]
@@ -203,20 +207,6 @@ pub struct CalibrateArgs {
     pub together: usize,
 }
 
-/// Flags about the ranks of a directory that was built with --tp.
-#[derive(Debug, Default, Args)]
-pub struct RankArgs {
-    /// The GPU of each rank, which several may have in common [default: one each, or all on the only one]
-    #[arg(long, value_delimiter = ',', value_name = "GPU")]
-    pub devices: Vec<usize>,
-    /// What joins ranks on GPUs [default: local]
-    #[arg(long, value_enum)]
-    pub join: Option<Way>,
-    /// Seconds that a rank waits for the others [default: 60; 600 on the reference in one process]
-    #[arg(long, env = "TRTVLM_RANK_TIMEOUT", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
-    pub rank_timeout: Option<u64>,
-}
-
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// A directory that `build` wrote
@@ -238,6 +228,8 @@ pub struct RunArgs {
     pub chat: bool,
     #[command(flatten)]
     pub ranks: RankArgs,
+    #[command(flatten)]
+    pub processes: ProcessArgs,
 }
 
 #[derive(Debug, Args)]

@@ -1,14 +1,18 @@
 //! Running engines: prefill, decode, stop. It knows no family, only what `config.json` says.
+mod processes;
 mod ranks;
 mod reference;
 mod session;
 mod tensorrt;
+mod wire;
 
+pub use processes::Process;
 pub use ranks::{Placement, Ranks, Way};
 pub use reference::{NETWORK, Reference, WEIGHTS};
 pub(crate) use session::prompt_settings;
 pub use session::{Answer, AnswerOptions, Ask, Session, Timings};
 pub use tensorrt::{Tensorrt, Work, layers};
+pub use wire::Wire;
 
 use crate::engine_dir::{EngineConfig, Sizes};
 use crate::processor::ProcessorError;

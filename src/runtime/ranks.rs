@@ -323,3 +323,6 @@ impl<E: Executor + 'static> Executor for Ranks<E> {
         self.first(Executor::outputs)
     }
 }
+
+#[cfg(test)]
+mod tests;
