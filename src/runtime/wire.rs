@@ -17,6 +17,9 @@ use std::time::{Duration, Instant};
 /// How long a rank that is alive may take, in patiences: a step of the largest models takes minutes on a CPU.
 const SLOWNESS: u32 = 10;
 
+/// How long rank 0 waits for the others to hear why it ends.
+const FAREWELL: Duration = Duration::from_secs(2);
+
 /// One process's connections: all others at rank 0, elsewhere rank 0 alone.
 pub struct Wire {
     shared: Arc<Shared>,
@@ -47,6 +50,8 @@ struct State {
     inbox: Vec<Vec<Vec<u8>>>,
     /// Peers that are done.
     done: Vec<bool>,
+    /// Peers that still can say something.
+    reading: usize,
     /// Why nothing goes on.
     gone: Option<String>,
     /// This process has finished or left, and is told nothing any more.
@@ -82,8 +87,9 @@ impl Wire {
             let switch = stream.try_clone().map_err(failed)?;
             writers.push(Peer { rank, stream: Mutex::new(stream), switch });
         }
+        let count = readers.len();
         let state =
-            State { inbox: vec![Vec::new(); readers.len()], done: vec![false; readers.len()], ..State::default() };
+            State { inbox: vec![Vec::new(); count], done: vec![false; count], reading: count, ..State::default() };
         let shared = Arc::new(Shared {
             rank: world.rank,
             size: world.size,
@@ -95,7 +101,11 @@ impl Wire {
         });
         for (place, stream) in readers.into_iter().enumerate() {
             let (reading, beating) = (Arc::clone(&shared), Arc::clone(&shared));
-            std::thread::spawn(move || reading.read(place, stream));
+            std::thread::spawn(move || {
+                reading.read(place, stream);
+                reading.lock().reading -= 1;
+                reading.changed.notify_all();
+            });
             std::thread::spawn(move || beating.beat(place));
         }
         Ok(Wire { shared })
@@ -134,6 +144,11 @@ impl Wire {
 impl Drop for Wire {
     fn drop(&mut self) {
         self.leave();
+        // If this process ended at once, what it has told the others of a third might be lost on its way.
+        let told = |state: &mut State| state.gone.is_some() && state.reading > 0;
+        if self.shared.rank == 0 {
+            let _ = self.shared.changed.wait_timeout_while(self.shared.lock(), FAREWELL, told);
+        }
     }
 }
 
@@ -177,27 +192,28 @@ impl Shared {
                 }
                 _ => format!("rank {rank} has stopped"),
             };
-            // Whoever writes to it waits no longer.
-            let _ = self.peers[place].switch.shutdown(Shutdown::Both);
-            self.fail(&gone);
+            self.fail(place, &gone);
             return;
         }
     }
 
-    /// Nothing goes on; rank 0 tells the others.
-    fn fail(&self, reason: &str) {
-        {
+    /// Nothing goes on, as a peer shows; rank 0 tells the others.
+    fn fail(&self, place: usize, reason: &str) {
+        let watcher = {
             let mut state = self.lock();
             if state.over || state.gone.is_some() {
                 return;
             }
             state.gone = Some(reason.to_owned());
-        }
+            self.watcher.get()
+        };
         self.changed.notify_all();
+        // Whoever writes to it waits no longer.
+        let _ = self.peers[place].switch.shutdown(Shutdown::Both);
         if self.rank == 0 {
             self.shut(GONE, reason.as_bytes());
         }
-        if let Some(watcher) = self.watcher.get() {
+        if let Some(watcher) = watcher {
             watcher(reason);
         }
     }
@@ -227,7 +243,10 @@ impl Shared {
         let peer = &self.peers[place];
         let sent = send(&mut peer.lock(), DATA, bytes);
         sent.map_err(|_| {
-            let reason = self.lock().gone.clone();
+            // The thread that reads soon knows why.
+            let unknown = |state: &mut State| state.gone.is_none();
+            let state = self.changed.wait_timeout_while(self.lock(), Duration::from_secs(1), unknown);
+            let reason = state.unwrap_or_else(PoisonError::into_inner).0.gone.clone();
             reason.unwrap_or_else(|| format!("rank {} has stopped", peer.rank))
         })
     }

@@ -4,6 +4,7 @@ usage: checks.py PHASE WORK    PHASE: small | schemes | sanitize | real | shapes
 Nothing here decides what is right: `trtvlm verify` does, against the reference that the CPU tests hold to the goldens.
 """
 import concurrent.futures, json, os, pathlib, re, shutil, signal, struct, subprocess, sys, time, zlib
+from ranks import rank_checks
 from schemes import scheme_checks
 
 PROGRAM = os.environ["TRTVLM"]
@@ -85,65 +86,6 @@ def t5_alone(work):
     done = run("synth", folder / "config.json", "-o", folder / "checkpoint", "--dtype", "float32")
     need(done.returncode == 0, f"synth: {last_lines(done.stderr)}")
     return folder / "checkpoint"
-
-
-def gpus():
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return listed.stdout.count("GPU ")
-
-
-def tokens(directory, *flags, target="tensorrt"):
-    done = run("run", directory, "--target", target, "--json", *flags)
-    need(done.returncode == 0, f"run: exit {done.returncode}\n{last_lines(done.stderr, 12)}")
-    return [output["token_ids"] for output in json.loads(done.stdout)["outputs"]]
-
-
-def divided(work, model, name, dtype, *flags, asks=(), verify_flags=(), places=((),), bench=()):
-    """Two ranks against their reference, and against the whole on the same GPU; `places` are flags that say where they run."""
-    whole, parts = work / f"{name}-tp1", work / f"{name}-tp2"
-    flags = ("--dtype", dtype, "--optimization-level", "1", *flags)
-    build(model, whole, *flags, target="tensorrt")
-    build(model, parts, "--tp", "2", *flags)
-    record = {}
-    for place in places:
-        found, start = verify(parts, *verify_flags, *place), time.monotonic()
-        worst = {one["stage"]: one["relative_error"] for one in found["comparisons"]}
-        of_place = {"errors": worst, "equal": found["equal_choices"], "choices": found["choices"]}
-        need(found["passed"], f"beyond the bound: {json.dumps(found)}")
-        need(dtype != "float32" or found["equal_choices"] == found["choices"], f"other choices: {json.dumps(of_place)}")
-        if asks:
-            said = [tokens(whole, *asks), tokens(parts, *asks, *place)]
-            of_place["tokens"] = [sum(a == b for a, b in zip(*pair)) / max(len(pair[0]), 1) for pair in zip(*said)]
-            # Sums in another order round in another way, which near ties of random weights show.
-            need(dtype != "float32" or said[0] == said[1], f"other tokens than the whole: {said}")
-        if bench:
-            times = [run("bench", directory, *bench, *(place if directory == parts else ()), "--json") for directory in (whole, parts)]
-            need(all(done.returncode == 0 for done in times), "\n".join(last_lines(done.stderr) for done in times))
-            of_place["ms"] = [{row["work"]: round(row["milliseconds"], 4) for row in json.loads(done.stdout)["results"]} for done in times]
-        record[" ".join(place) or "where it likes"] = {**of_place, "seconds": round(time.monotonic() - start, 1)}
-    return record
-
-
-def rank_checks(work, batch):
-    """Divided models: on one GPU through memory that the ranks share, on two likewise and by NCCL."""
-    places = [("--devices", "0,0")]
-    if gpus() > 1:
-        places += [("--devices", "0,1", "--join", "local"), ("--devices", "0,1", "--join", "nccl")]
-    checks = {}
-    for dtype in ("float32", "float16"):
-        for name, model in (("llava-hf", FIXTURE), ("blip2-t5", BLIP2_T5)):
-            def fixture(name=name, model=model, dtype=dtype):
-                asks = ("--prompt", "What is it?", "Why?", "--image", picture(work / f"tp-{name}-{dtype}.png"), "--max-new-tokens", "12")
-                return divided(work, model, f"tp-{name}-{dtype}", dtype, *batch, asks=asks, places=places)
-            checks[f"two ranks: {name} {dtype}"] = fixture
-        def llama(dtype=dtype):
-            model = shape(work, f"tp-llama-{dtype}", hidden_size=1024, intermediate_size=2816, num_attention_heads=8,
-                          num_key_value_heads=2, num_hidden_layers=4)
-            sizes = ("--max-batch-size", "3", "--max-input-len", "200", "--max-output-len", "60")
-            return divided(work, model, f"tp-llama-{dtype}", dtype, *sizes, verify_flags=("--input-len", "197", "--steps", "40"),
-                           places=places, bench=("--batch", "1,3", "--input-len", "128"))
-        checks[f"two ranks: LLaMA of 4 layers, 8 heads of 128 on 2, {dtype}, 3 prompts of 197 tokens, 40 steps"] = llama
-    return checks
 
 
 def small_checks(work):
@@ -231,7 +173,7 @@ def small_checks(work):
                 return compared(model, work / f"engine-{name}-{dtype}".replace(" ", "_"), "--dtype", dtype, *long,
                                 verify_flags=("--input-len", "197", "--steps", "40"), all_equal=dtype == "float32")
             checks[f"{name}, {dtype}, 3 prompts of 197, 196 and 195 tokens"] = check
-    checks.update(rank_checks(work, batch))
+    checks.update(rank_checks(work, batch, (PROGRAM, ROOT, run, build, verify, shape, need, last_lines, picture)))
     checks["a run says what the reference says"] = lambda: same_answer(work, smol, trained)
     checks["killed in the middle, the directory before is whole"] = lambda: killed(work)
     checks["inspect shows the layers"] = lambda: inspected(work)

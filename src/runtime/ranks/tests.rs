@@ -48,9 +48,9 @@ fn a_panic_is_an_error_of_its_rank() {
         assert!(!first.swap(false, Ordering::Relaxed), "on purpose");
         rank.meet()
     };
-    let error = ranks.all(work).unwrap_err();
-    let RuntimeError::Rank { rank, source } = &error else { unreachable!("{error}") };
-    assert_eq!(source.to_string(), format!("rank {rank} has stopped"));
+    // The panic is told on standard error too; the other rank says the same of it.
+    let error = ranks.all(work).unwrap_err().to_string();
+    assert!(["rank 0 has stopped", "rank 1 has stopped"].contains(&error.as_str()), "{error}");
 }
 
 #[test]
