@@ -1,4 +1,8 @@
 //! The command line: types for clap, and the way from them to the commands.
+mod ranks;
+
+pub use ranks::{ProcessArgs, RankArgs};
+
 use crate::commands;
 use crate::failure::{Exit, Failure};
 use crate::report::{Color, Printer, ProgressMode};
@@ -54,7 +58,8 @@ pub enum Command {
     Calibrate(CalibrateArgs),
     /// Answer prompts, about pictures too, from a built directory
     #[command(after_help = "Examples:\n  trtvlm run engines --image merlion.png --prompt \"Which city is this?\"\n  \
-        trtvlm run engines --target reference --prompt \"The capital of France is\" --max-new-tokens 4 --json")]
+        trtvlm run engines --target reference --prompt \"The capital of France is\" --max-new-tokens 4 --json\n  \
+        mpirun -n 2 trtvlm run engines-of-two-ranks --prompt \"Which city is this?\"")]
     Run(RunArgs),
     /// Compare engines with the reference on the same random input
     #[command(after_help = "Examples:\n  trtvlm verify engines\n  trtvlm verify engines --layers --steps 4 --json")]
@@ -221,6 +226,10 @@ pub struct RunArgs {
     /// Put each prompt into the checkpoint's chat template
     #[arg(long)]
     pub chat: bool,
+    #[command(flatten)]
+    pub ranks: RankArgs,
+    #[command(flatten)]
+    pub processes: ProcessArgs,
 }
 
 #[derive(Debug, Args)]
@@ -247,6 +256,8 @@ pub struct VerifyArgs {
     /// Of the random input
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    #[command(flatten)]
+    pub ranks: RankArgs,
 }
 
 #[derive(Debug, Args)]
@@ -262,6 +273,8 @@ pub struct BenchArgs {
     /// Decode steps measured [default: 48]
     #[arg(long)]
     pub output_len: Option<usize>,
+    #[command(flatten)]
+    pub ranks: RankArgs,
 }
 
 #[derive(Debug, Args)]

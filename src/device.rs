@@ -43,6 +43,9 @@ pub struct Gpu {
     pub capability: u32,
 }
 
+/// How many queues CUDA spreads streams over.
+const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+
 /// Bytes of device memory.
 pub type Buffer = CudaSlice<u8>;
 
@@ -58,16 +61,53 @@ impl Device {
     /// # Errors
     /// No driver or no GPU.
     pub fn open() -> Result<Device, DeviceError> {
-        // SAFETY: it only tries to load libcuda, whose initializers do nothing.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(DeviceError::NoDriver);
-        }
-        let context = CudaContext::new(0).map_err(DeviceError::NoGpu)?;
-        // SAFETY: all work of this process goes to the one stream made below, in order, so that no buffer is freed or
-        // overwritten before its last use; events between streams would also break the capture of graphs.
+        Device::open_at(0)
+    }
+
+    /// A GPU by its place among those visible, with a stream of its own; several may be opened on one GPU.
+    ///
+    /// # Errors
+    /// No driver or no such GPU.
+    pub fn open_at(place: usize) -> Result<Device, DeviceError> {
+        Device::driver()?;
+        let context = CudaContext::new(place).map_err(DeviceError::NoGpu)?;
+        // SAFETY: all work on a buffer goes to the one stream made below, in order, so that none is freed or overwritten
+        // before its last use; events between streams would also break the capture of graphs. What ranks read of each
+        // other is no such buffer.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(DeviceError::of("make a stream"))?;
         Ok(Device { context, stream })
+    }
+
+    /// GPUs that CUDA_VISIBLE_DEVICES leaves visible.
+    ///
+    /// # Errors
+    /// No driver or no GPU.
+    pub fn count() -> Result<usize, DeviceError> {
+        Device::driver()?;
+        Ok(CudaContext::device_count().map_err(DeviceError::NoGpu)?.max(0) as usize)
+    }
+
+    fn driver() -> Result<(), DeviceError> {
+        // SAFETY: it only tries to load libcuda, whose initializers do nothing.
+        if unsafe { sys::is_culib_present() } { Ok(()) } else { Err(DeviceError::NoDriver) }
+    }
+
+    /// Lets every stream of this process have a queue of its own on the GPU, as ranks need that wait for each other there;
+    /// with CUDA's eight, work of one may lie behind that of another. To be called before CUDA is used, by the only thread.
+    pub fn queue_apart() {
+        if std::env::var_os(QUEUES).is_none() {
+            // SAFETY: no other thread reads the environment meanwhile, which is the caller's promise.
+            unsafe { std::env::set_var(QUEUES, "32") };
+        }
+    }
+
+    /// Makes this the GPU that the thread works on; needed once in each thread that calls CUDA or TensorRT.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn enter(&self) -> Result<(), DeviceError> {
+        self.context.bind_to_thread().map_err(DeviceError::of("use the context"))
     }
 
     /// # Errors

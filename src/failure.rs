@@ -91,6 +91,7 @@ failure_from! {
     crate::calibration::SearchError => Exit::Refused,
     crate::calibration::StatisticsError => Exit::Refused,
     crate::compile::CompileError => Exit::Refused,
+    crate::launch::LaunchError => Exit::Refused,
     crate::samples::SampleError => Exit::Refused,
     crate::runtime::RuntimeError => Exit::Refused,
     crate::engine_dir::DirectoryError => Exit::Refused,

@@ -12,6 +12,7 @@ pub mod cost;
 pub mod device;
 pub mod engine_dir;
 pub mod failure;
+pub mod launch;
 pub mod limits;
 pub mod lower;
 pub mod passes;

@@ -2,7 +2,7 @@
 use crate::engine_dir::EngineConfig;
 use crate::passes::MARK;
 use crate::random::{STEP, mix};
-use crate::runtime::{Executor, Output, Reference, RuntimeError};
+use crate::runtime::{Executor, Output, RuntimeError};
 use graphs::DType;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -71,7 +71,7 @@ pub fn bound(dtype: DType, quantized_inputs: bool) -> f64 {
 pub fn verify(
     engine: &mut dyn Executor,
     reference: &mut dyn Executor,
-    mut rounded: Option<&mut Reference>,
+    mut rounded: Option<&mut (dyn Executor + 'static)>,
     config: &EngineConfig,
     feed: Feed,
 ) -> Result<Verification, RuntimeError> {
@@ -80,7 +80,7 @@ pub fn verify(
     let mut compare = |stage,
                        engine: &mut dyn Executor,
                        reference: &mut dyn Executor,
-                       rounded: Option<&mut Reference>,
+                       rounded: Option<&mut (dyn Executor + 'static)>,
                        used: &[usize]| {
         let (found, wanted) = (engine.outputs()?, reference.outputs()?);
         let nearest = rounded.map(Executor::outputs).transpose()?;

@@ -4,7 +4,9 @@
 use graphs::DType;
 use tensorrt_sys::Plugin;
 use trtvlm::backend::{Kind, find};
-use trtvlm::plugins::{AttentionPlugin, AttentionShape, Compiler, GreedyPlugin};
+use trtvlm::plugins::{
+    AttentionPlugin, AttentionShape, CollectivePlugin, CollectiveShape, Compiler, GreedyPlugin, Join,
+};
 
 const GPUS: [u32; 3] = [80, 89, 90];
 
@@ -49,6 +51,18 @@ fn attention_compiles_for_every_gpu_type_and_head() {
 fn the_greedy_choice_compiles_for_every_gpu() {
     for gpu in GPUS {
         assert_carries(&GreedyPlugin::new(&compiler(gpu)).unwrap().state(), &GreedyPlugin::KERNELS);
+    }
+}
+
+#[test]
+fn what_joins_ranks_compiles_for_every_gpu_and_type() {
+    for gpu in GPUS {
+        let compiler = compiler(gpu);
+        for dtype in [DType::Float32, DType::Float16, DType::Bfloat16] {
+            let plugin =
+                CollectivePlugin::new(CollectiveShape { join: Join::Sum, dtype, ranks: 2 }, &compiler).unwrap();
+            assert_carries(&plugin.state(), &CollectivePlugin::KERNELS);
+        }
     }
 }
 

@@ -355,6 +355,11 @@ impl Op {
         }
     }
 
+    /// Whether it waits for other ranks.
+    pub fn is_collective(&self) -> bool {
+        matches!(self, Op::AllReduce { .. } | Op::AllGather { .. })
+    }
+
     pub fn weights(&self) -> Vec<&Weight> {
         match self {
             Op::Linear { weight, .. }

@@ -84,6 +84,8 @@ fn build(spec: &Path, say: &(dyn Fn(&ChildMessage) + Sync)) -> Result<ChildMessa
         describe: false,
         optimization_level: spec.optimization_level,
         timing_cache: local.as_ref().and_then(|local| local.timings.read()),
+        // Ranks wait for each other on the GPU: what one rank needs must not lie behind the waiting of another.
+        one_stream: network.nodes.iter().any(|node| node.op.is_collective()),
     };
     let mut out = BufWriter::new(File::create(&spec.engine).map_err(file(&spec.engine))?);
     let summary = builder.build_to(&target, &options, &mut out, &mut |trt::Progress { phase, step, steps }| {

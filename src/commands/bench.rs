@@ -5,10 +5,11 @@ use crate::engine_dir::EngineDirectory;
 use crate::failure::{Exit, Failure};
 use crate::limits::{Limits, limits, median, middle};
 use crate::report::{Printer, table};
-use crate::runtime::{Executor, NETWORK, RuntimeError, Tensorrt, Work};
+use crate::runtime::{Executor, NETWORK, Ranks, RuntimeError, Tensorrt, Work};
 use graphs::Network;
 use serde::Serialize;
 use serde_json::json;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Decode steps of one measurement; the median of the steps is what counts.
 const STEPS: usize = 48;
@@ -32,10 +33,19 @@ struct Row {
 pub fn run(args: &BenchArgs, printer: &Printer) -> Result<(), Failure> {
     let directory = EngineDirectory::open(&args.directory)?;
     super::run::check_target(&directory, Target::Tensorrt)?;
-    let mut engine = Tensorrt::open(&directory)?;
-    let limits = limits(engine.device()).map_err(RuntimeError::from)?;
-    let sizes = engine.config().build_config;
-    let features = engine.config().pretrained_config.multimodal.map_or(0, |found| found.num_visual_features);
+    let ranks = Ranks::tensorrt(&directory, &super::run::placement(&args.ranks))?;
+    let config = directory.config(directory.language())?;
+    // Of each rank by itself, one after the other: several may have one GPU.
+    let limits = {
+        let turn = Mutex::new(());
+        let limits = ranks.first(move |engine| {
+            let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+            Ok(limits(engine.device())?)
+        });
+        Arc::new(limits?)
+    };
+    let sizes = config.build_config;
+    let features = config.pretrained_config.multimodal.map_or(0, |found| found.num_visual_features);
     let lengths = if args.input_len.is_empty() {
         vec![default_length(features, sizes.max_input_len)]
     } else {
@@ -43,22 +53,23 @@ pub fn run(args: &BenchArgs, printer: &Printer) -> Result<(), Failure> {
     };
     let batches = if args.batch.is_empty() { vec![1] } else { args.batch.clone() };
     let steps = args.output_len.unwrap_or(STEPS).min(sizes.max_output_len).max(1);
-    let language = network(&directory, directory.language())?;
-    let readers = reading(&directory)?;
-    let vision = if features > 0 { Some(network(&directory, "vision")?) } else { None };
+    // A rank's part, where the model is divided: what one GPU does.
+    let text_networks = Arc::new((reading(&directory)?, network(&directory, directory.language())?));
+    let vision = if features > 0 { Some(Arc::new(network(&directory, "vision")?)) } else { None };
     let mut rows = Vec::new();
     for &batch in &batches {
         if let Some(vision) = &vision {
-            rows.push(pictures(&mut engine, vision, &limits, batch)?);
+            let (vision, limits) = (Arc::clone(vision), Arc::clone(&limits));
+            rows.push(ranks.first(move |engine| pictures(engine, &vision, &limits, batch))?);
         }
         for &length in &lengths {
-            let vocab = engine.config().pretrained_config.vocab_size;
-            let prompts = vec![prompt(length, features, vocab); batch];
-            rows.extend(text(&mut engine, (&readers, &language), &limits, &prompts, steps)?);
+            let prompts = vec![prompt(length, features, config.pretrained_config.vocab_size); batch];
+            let (networks, limits) = (Arc::clone(&text_networks), Arc::clone(&limits));
+            rows.extend(ranks.first(move |engine| text(engine, (&networks.0, &networks.1), &limits, &prompts, steps))?);
         }
     }
     if printer.is_json() {
-        printer.json(&json!({ "schema": 1, "limits": limits, "results": rows }));
+        printer.json(&json!({ "schema": 1, "limits": *limits, "results": rows }));
         return Ok(());
     }
     let flops = limits.operations_per_second.map_or_else(
@@ -108,7 +119,7 @@ fn reading(directory: &EngineDirectory) -> Result<Vec<Network>, Failure> {
     found.map(|name| network(directory, name)).collect()
 }
 
-fn pictures(engine: &mut Tensorrt, network: &Network, limits: &Limits, batch: usize) -> Result<Row, Failure> {
+fn pictures(engine: &mut Tensorrt, network: &Network, limits: &Limits, batch: usize) -> Result<Row, RuntimeError> {
     let [height, width] = engine.config().pretrained_config.multimodal.map_or([0, 0], |found| found.image_size);
     let pixels: Vec<f32> =
         (0..batch * 3 * height * width).map(|place| (place * 7919 % 2001) as f32 / 1e3 - 1.0).collect();
@@ -125,7 +136,7 @@ fn text(
     limits: &Limits,
     prompts: &[Vec<i32>],
     steps: usize,
-) -> Result<[Row; 2], Failure> {
+) -> Result<[Row; 2], RuntimeError> {
     let (batch, length) = (prompts.len(), prompts.first().map_or(0, Vec::len));
     engine.prefill_start(prompts)?;
     let seconds = recorded(engine, Work::Prefill)?;
@@ -152,7 +163,7 @@ fn text(
     Ok([prefill, decode])
 }
 
-fn recorded(engine: &Tensorrt, work: Work) -> Result<f64, Failure> {
+fn recorded(engine: &Tensorrt, work: Work) -> Result<f64, RuntimeError> {
     let graph = engine.record(work)?;
     let device = engine.device();
     Ok(median(device, || device.replay(&graph)).map_err(RuntimeError::from)?)

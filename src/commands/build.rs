@@ -85,10 +85,6 @@ pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
 pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Vec<Value>), Failure> {
     let start = Instant::now();
     let options = &args.options;
-    if options.tp > 1 && options.target.contains(&Target::Tensorrt) {
-        let message = format!("--tp {}: ranks are not joined on target `tensorrt` yet", options.tp);
-        return Err(Failure::new(Exit::Refused, message).hint(Some("build for rtx or reference".into())));
-    }
     let engines = engine_target(args)?;
     let request = Request { dump: args.dump.clone(), marks: args.mark.clone(), ..request(options) };
     let mut compiled = compile_reported(&request, printer)?;

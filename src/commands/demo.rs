@@ -1,7 +1,7 @@
 //! `demo`: the main job on a machine without a GPU: build, then answer about a picture.
 use super::build::build;
 use super::{backend as backend_command, run as run_command};
-use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, ModelOptions, Target};
+use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, ModelOptions, RankArgs, Target};
 use crate::engine_dir::{EngineDirectory, Manifest};
 use crate::failure::{Exit, Failure};
 use crate::processor::Picture;
@@ -67,7 +67,8 @@ fn demonstrate(
     for quant in ["none", "int4"] {
         let directory = output.join(quant);
         let (manifest, _) = build(&arguments(model, quant, &directory), printer)?;
-        let mut session = run_command::open(&EngineDirectory::open(&directory)?, Some(Target::Reference))?;
+        let mut session =
+            run_command::open(&EngineDirectory::open(&directory)?, Some(Target::Reference), &RankArgs::default())?;
         let prompt = if question.is_empty() { "What is shown?" } else { question };
         let ask = Ask { prompt, pictures: std::slice::from_ref(picture) };
         let options = AnswerOptions { max_new_tokens: Some(24), chat: false };

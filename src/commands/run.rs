@@ -1,17 +1,37 @@
 //! `run`: prompts and pictures in, answers out.
-use crate::cli::{RunArgs, Target};
+use crate::cli::{RankArgs, RunArgs, Target};
 use crate::engine_dir::EngineDirectory;
 use crate::failure::{Exit, Failure};
+use crate::launch::World;
 use crate::processor::{Picture, Processor};
-use crate::report::Printer;
-use crate::runtime::{AnswerOptions, Ask, Executor, Ranks, Reference, Session, Tensorrt};
+use crate::report::{Color, Printer, ProgressMode};
+use crate::runtime::{AnswerOptions, Ask, Executor, Placement, Process, Ranks, Reference, Session, Tensorrt};
 use serde_json::json;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub fn run(args: &RunArgs, printer: &Printer) -> Result<(), Failure> {
+    let world = World::from_environment(args.processes.rendezvous.as_deref())?;
+    let Some(world) = world else { return answer(args, printer, None) };
+    // Only the first of several processes speaks; the others fail aloud.
+    let first = world.rank == 0;
+    let silent = Printer::new(1, 0, false, Color::Auto, ProgressMode::None);
+    answer(args, if first { printer } else { &silent }, Some(&world))
+        .map_err(|failure| if first { failure } else { failure.told() })
+}
+
+fn answer(args: &RunArgs, printer: &Printer, world: Option<&World>) -> Result<(), Failure> {
     let start = Instant::now();
+    let directory = EngineDirectory::open(&args.directory)?;
+    let process = world.map(|world| join(&directory, args, world)).transpose()?;
+    let speaks = world.is_none_or(|world| world.rank == 0);
     let pictures: Vec<Picture> = args.image.iter().map(|path| Picture::open(path)).collect::<Result<_, _>>()?;
-    let mut session = open(&EngineDirectory::open(&args.directory)?, args.target)?;
+    let mut session = match &process {
+        None => open(&directory, args.target, &args.ranks)?,
+        Some(process) => {
+            let target = chosen(&directory, args.target)?;
+            session(&directory, process.executor(&directory, target == Target::Tensorrt, &args.ranks.devices)?)?
+        }
+    };
     let prompts = prompts(args, &session)?;
     let shares = share(&prompts, &session, pictures.len())?;
     let asks: Vec<Ask> = std::iter::zip(&prompts, shares)
@@ -20,7 +40,7 @@ pub fn run(args: &RunArgs, printer: &Printer) -> Result<(), Failure> {
     let load_seconds = start.elapsed().as_secs_f64();
     let options = AnswerOptions { max_new_tokens: args.max_new_tokens, chat: args.chat };
     // One answer is shown as it is made; several would run into each other.
-    let stream = !printer.is_json() && asks.len() == 1;
+    let stream = speaks && !printer.is_json() && asks.len() == 1;
     let mut leading = true;
     let mut on_text = |_: usize, piece: &str| {
         let piece = if leading { piece.trim_start() } else { piece };
@@ -30,6 +50,12 @@ pub fn run(args: &RunArgs, printer: &Printer) -> Result<(), Failure> {
         }
     };
     let (answers, timings) = session.answer(&asks, options, &mut on_text)?;
+    if let Some(process) = process {
+        process.finish();
+    }
+    if !speaks {
+        return Ok(());
+    }
     if printer.is_json() {
         let outputs: Vec<_> = answers
             .iter()
@@ -55,17 +81,42 @@ pub fn run(args: &RunArgs, printer: &Printer) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Joins the processes of the other ranks.
+fn join(directory: &EngineDirectory, args: &RunArgs, world: &World) -> Result<Process, Failure> {
+    world.check(directory.manifest.tp)?;
+    Ok(Process::join(world, directory, args.ranks.rank_timeout.map(Duration::from_secs))?)
+}
+
 /// Loads a directory for one of its targets.
-pub(super) fn open(directory: &EngineDirectory, target: Option<Target>) -> Result<Session, Failure> {
+pub(super) fn open(directory: &EngineDirectory, target: Option<Target>, ranks: &RankArgs) -> Result<Session, Failure> {
+    session(directory, executor(directory, target, ranks)?)
+}
+
+fn session(directory: &EngineDirectory, executor: Box<dyn Executor>) -> Result<Session, Failure> {
     for name in directory.manifest.files.keys().filter(|name| name.starts_with(crate::engine_dir::PROCESSOR)) {
         directory.file(name)?;
     }
     let processor = Processor::open(&directory.processor())?;
-    Ok(Session::new(executor(directory, target)?, processor, directory.config(directory.language())?))
+    Ok(Session::new(executor, processor, directory.config(directory.language())?))
 }
 
 /// The networks of a directory, ready to run: those asked for, or the fastest that it has.
-pub(super) fn executor(directory: &EngineDirectory, target: Option<Target>) -> Result<Box<dyn Executor>, Failure> {
+pub(super) fn executor(
+    directory: &EngineDirectory,
+    target: Option<Target>,
+    ranks: &RankArgs,
+) -> Result<Box<dyn Executor>, Failure> {
+    let target = chosen(directory, target)?;
+    Ok(match (target, directory.manifest.tp) {
+        (Target::Tensorrt, 1) if ranks.devices.is_empty() => Box::new(Tensorrt::open(directory)?),
+        (Target::Tensorrt, _) => Box::new(Ranks::tensorrt(directory, &placement(ranks))?),
+        (_, 1) => Box::new(Reference::open(directory)?),
+        _ => Box::new(Ranks::reference(directory, false, &placement(ranks))?),
+    })
+}
+
+/// The target that was asked for, or the fastest that a directory has.
+fn chosen(directory: &EngineDirectory, target: Option<Target>) -> Result<Target, Failure> {
     let targets = &directory.manifest.targets;
     let has = |target: Target| targets.contains_key(target.name());
     let default = if has(Target::Tensorrt) { Target::Tensorrt } else { Target::Reference };
@@ -75,11 +126,11 @@ pub(super) fn executor(directory: &EngineDirectory, target: Option<Target>) -> R
         return Err(Failure::new(Exit::Refused, message).hint(Some("use --target reference".into())));
     }
     check_target(directory, target)?;
-    Ok(match target {
-        Target::Tensorrt => Box::new(Tensorrt::open(directory)?),
-        _ if directory.manifest.tp > 1 => Box::new(Ranks::open(directory)?),
-        _ => Box::new(Reference::open(directory)?),
-    })
+    Ok(target)
+}
+
+pub(super) fn placement(args: &RankArgs) -> Placement {
+    Placement { devices: args.devices.clone(), way: args.join, patience: args.rank_timeout.map(Duration::from_secs) }
 }
 
 /// Refuses a directory that was not built for a target.

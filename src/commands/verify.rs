@@ -1,26 +1,28 @@
 //! `verify`: whether an engine computes what the reference does.
-use super::run::executor;
+use super::run::{executor, placement};
 use crate::cli::{Target, VerifyArgs};
 use crate::engine_dir::EngineDirectory;
 use crate::failure::{Exit, Failure};
 use crate::report::{Printer, table};
-use crate::runtime::Reference;
+use crate::runtime::{Executor, Ranks, Reference};
 use crate::verify::{self, Comparison, Feed};
 use graphs::DType;
 use serde_json::json;
 
 pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
     let directory = EngineDirectory::open(&args.directory)?;
-    if directory.manifest.tp > 1 {
-        return Err(Failure::new(Exit::Refused, "the parts of a divided model cannot be verified yet"));
-    }
-    let mut engine = executor(&directory, Some(args.target))?;
-    let mut reference = executor(&directory, Some(Target::Reference))?;
+    let mut engine = executor(&directory, Some(args.target), &args.ranks)?;
+    // Ranks against ranks: each result is compared that the first one gives.
+    let mut reference = executor(&directory, Some(Target::Reference), &args.ranks)?;
     let config = directory.config(directory.language())?;
     let plain = Reference::open(&directory)?;
     let usual = verify::bound(config.pretrained_config.dtype, plain.quantizes_inputs());
     // Nothing is rounded in float32.
-    let mut rounded = (config.pretrained_config.dtype != DType::Float32).then(|| plain.rounded());
+    let mut rounded: Option<Box<dyn Executor>> = match (config.pretrained_config.dtype, directory.manifest.tp) {
+        (DType::Float32, _) => None,
+        (_, 1) => Some(Box::new(plain.rounded())),
+        _ => Some(Box::new(Ranks::reference(&directory, true, &placement(&args.ranks))?)),
+    };
     let sizes = config.build_config;
     let features = config.pretrained_config.multimodal.map_or(0, |found| found.num_visual_features);
     let feed = Feed {
@@ -30,7 +32,7 @@ pub fn run(args: &VerifyArgs, printer: &Printer) -> Result<(), Failure> {
         // The prompt gives the first token.
         steps: args.steps.min(sizes.max_output_len.saturating_sub(1)),
     };
-    let found = verify::verify(engine.as_mut(), reference.as_mut(), rounded.as_mut(), &config, feed)?;
+    let found = verify::verify(engine.as_mut(), reference.as_mut(), rounded.as_deref_mut(), &config, feed)?;
     let limit = args.bound.unwrap_or(usual);
     let shown: Vec<_> = found.comparisons.iter().filter(|one| args.layers || !one.is_mark()).collect();
     if args.layers && shown.iter().all(|one| !one.is_mark()) {

@@ -51,6 +51,7 @@ impl DirectoryError {
 }
 
 /// A directory that a build finished.
+#[derive(Clone)]
 pub struct EngineDirectory {
     pub path: PathBuf,
     pub manifest: Manifest,

@@ -5,7 +5,7 @@ use tensorrt_sys::Family;
 pub(super) struct Capabilities {
     /// Attention, cache update and rotary positions are layers.
     pub(super) native_attention: bool,
-    /// All-reduce and all-gather are layers.
+    /// All-reduce and all-gather are layers; elsewhere they are a plugin.
     pub(super) native_collectives: bool,
     /// Dequantization in blocks takes tensors of any rank, not matrices only.
     pub(super) blocks_of_any_rank: bool,

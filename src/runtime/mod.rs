@@ -1,15 +1,19 @@
 //! Running engines: prefill, decode, stop. It knows no family, only what `config.json` says.
 mod choice;
+mod processes;
 mod ranks;
 mod reference;
 mod session;
 mod tensorrt;
+mod wire;
 
-pub use ranks::Ranks;
+pub use processes::Process;
+pub use ranks::{Placement, Ranks, Way};
 pub use reference::{NETWORK, Reference, WEIGHTS};
 pub(crate) use session::prompt_settings;
 pub use session::{Answer, AnswerOptions, Ask, Session, Timings};
 pub use tensorrt::{Tensorrt, Work, layers};
+pub use wire::Wire;
 
 use crate::engine_dir::{EngineConfig, Sizes};
 use crate::processor::{ProcessorError, TokenRules};
@@ -59,6 +63,17 @@ pub enum RuntimeError {
     Backend(#[from] crate::backend::BackendError),
     #[error("TensorRT failed")]
     TensorRt(#[from] tensorrt_sys::Error),
+    #[error(transparent)]
+    Communicator(#[from] crate::plugins::CommunicatorError),
+    /// What one rank says of another.
+    #[error("{0}")]
+    Ranks(String),
+    #[error("rank {rank} cannot go on")]
+    Rank { rank: usize, source: Box<RuntimeError> },
+    #[error("rank {rank} has stopped")]
+    RankStopped { rank: usize },
+    #[error("the model has {ranks} ranks, there are {found} devices for them")]
+    Devices { ranks: usize, found: usize },
     #[error("the engines were built by {built}; the library here is {here}")]
     OtherVersion { built: String, here: String, command: String },
     #[error("the engines were built for {built}; the GPU here is {here}")]
@@ -86,6 +101,9 @@ impl RuntimeError {
             RuntimeError::Device(error) => error.hint(),
             RuntimeError::Backend(error) => error.hint(),
             RuntimeError::TensorRt(error) => error.hint(),
+            RuntimeError::Communicator(error) => error.hint(),
+            RuntimeError::Rank { source, .. } => source.hint(),
+            RuntimeError::Devices { .. } => Some("name the GPU of each rank: --devices 0,1 or, on one, 0,0".into()),
             RuntimeError::OtherVersion { command, .. } | RuntimeError::OtherGpu { command, .. } => {
                 Some(format!("build them again here: `{command}`"))
             }

@@ -47,6 +47,8 @@ pub struct BuildOptions {
     pub optimization_level: Option<i32>,
     /// What an earlier build measured (TensorRT 10 and later); one of another version or GPU is not used.
     pub timing_cache: Option<Vec<u8>>,
+    /// The engine uses the stream that it is run on and no others (TensorRT 10 and later).
+    pub one_stream: bool,
 }
 
 impl Builder {
@@ -160,6 +162,9 @@ impl Config {
             // float32 is what was asked for: products of 10 bits of mantissa (TF32) are not.
             if let Some(flag) = BuilderFlag::Tf32.value(family) {
                 call!(family, this, builder_config::CLEAR_FLAG, (flag => i32) -> ())?;
+            }
+            if options.one_stream {
+                call!(family, this, builder_config::SET_MAX_AUX_STREAMS, (0 => i32) -> ())?;
             }
             config.remember(options.timing_cache.as_deref().unwrap_or_default())?;
         }

@@ -4,6 +4,7 @@ usage: checks.py PHASE WORK    PHASE: small | schemes | sanitize | real | shapes
 Nothing here decides what is right: `trtvlm verify` does, against the reference that the CPU tests hold to the goldens.
 """
 import concurrent.futures, json, os, pathlib, re, shutil, signal, struct, subprocess, sys, time, zlib
+from ranks import rank_checks
 from schemes import scheme_checks
 
 PROGRAM = os.environ["TRTVLM"]
@@ -172,6 +173,7 @@ def small_checks(work):
                 return compared(model, work / f"engine-{name}-{dtype}".replace(" ", "_"), "--dtype", dtype, *long,
                                 verify_flags=("--input-len", "197", "--steps", "40"), all_equal=dtype == "float32")
             checks[f"{name}, {dtype}, 3 prompts of 197, 196 and 195 tokens"] = check
+    checks.update(rank_checks(work, batch, (PROGRAM, ROOT, run, build, verify, shape, need, last_lines, picture)))
     checks["a run says what the reference says"] = lambda: same_answer(work, smol, trained)
     checks["killed in the middle, the directory before is whole"] = lambda: killed(work)
     checks["inspect shows the layers"] = lambda: inspected(work)

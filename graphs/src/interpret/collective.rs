@@ -15,6 +15,9 @@ pub trait Collective: Send + Sync {
     /// # Errors
     /// As [`Collective::all_reduce`].
     fn all_gather(&self, values: &[f32]) -> Result<Vec<Vec<f32>>, String>;
+
+    /// Tells the others that this rank goes no further; they stop waiting for it.
+    fn leave(&self);
 }
 
 /// The ranks of one process.
@@ -114,13 +117,16 @@ impl Collective for Member {
         }
         Ok(all.to_vec())
     }
+
+    fn leave(&self) {
+        self.group.lock().gone.get_or_insert(self.rank);
+        self.group.changed.notify_all();
+    }
 }
 
 impl Drop for Member {
     fn drop(&mut self) {
-        let mut state = self.group.lock();
-        state.gone.get_or_insert(self.rank);
-        self.group.changed.notify_all();
+        self.leave();
     }
 }
 

@@ -3,6 +3,7 @@ use super::{INT, Padded, RuntimeError};
 use crate::device::{Buffer, Device};
 use crate::engine_dir::EngineConfig;
 use crate::lower::{NEXT_LENGTHS, NEXT_TOKENS};
+use crate::plugins::Communicator;
 use crate::runtime::tensorrt::loaded::Loaded;
 use cudarc::driver::CudaGraph;
 
@@ -88,11 +89,20 @@ impl Decoder {
     }
 
     /// Steps put on the stream: the first of a batch is run as it is, and the others are replays of its recording.
-    pub(super) fn steps(&mut self, device: &Device, count: usize) -> Result<(), RuntimeError> {
+    ///
+    /// Ranks meet before each replay, whose kernels wait for those of the others: then all have their recordings, and no
+    /// copy of one rank's step lies in a queue before a copy that it waits for.
+    pub(super) fn steps(
+        &mut self,
+        device: &Device,
+        count: usize,
+        communicator: Option<&Communicator>,
+    ) -> Result<(), RuntimeError> {
         let bytes = self.lengths.len() * INT;
         for place in 0..count {
             match self.graph.take() {
                 Some(graph) => {
+                    communicator.map_or(Ok(()), Communicator::meet).map_err(RuntimeError::Ranks)?;
                     device.replay(&graph)?;
                     self.graph = Some(graph);
                 }

@@ -3,9 +3,11 @@
 use super::RuntimeError;
 use crate::device::{Buffer, Device};
 use crate::lower::data_type;
+use crate::plugins::Communicator;
 use graphs::DType;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use tensorrt_sys as trt;
 use trt::EngineTensor;
 
@@ -47,15 +49,16 @@ fn filled(shape: &[i64], batch: usize, places: usize) -> Vec<i64> {
 
 impl Loaded {
     /// An input that is also a result of `lender` is read where that engine writes it; `lender` must not go before this
-    /// one has run last.
+    /// one has run last. One rank's engine joins the others by `communicator`.
     pub(super) fn open(
         device: &Device,
         library: &'static trt::Library,
         path: &Path,
         lender: Option<&Loaded>,
+        communicator: Option<&Arc<Communicator>>,
     ) -> Result<Loaded, RuntimeError> {
         let plan = trt::MappedFile::open(path)?;
-        let engine = trt::Engine::load(library, plan.bytes())?;
+        let engine = Communicator::while_loading(communicator, || trt::Engine::load(library, plan.bytes()))?;
         let (tensors, profiles) = (engine.tensors()?, engine.profiles()?);
         // SAFETY: the stream is the device's own and lives as long as it does.
         let context = |profile| unsafe { engine.context(profile, device.raw_stream()) };

@@ -9,12 +9,13 @@ use crate::assemble::engine_name;
 use crate::backend::{self, Kind};
 use crate::device::{Device, Gpu};
 use crate::engine_dir::{EngineConfig, EngineDirectory, Manifest};
-use crate::plugins;
+use crate::plugins::{self, Communicator};
 use cudarc::driver::CudaGraph;
 use decoder::{Decoder, PREFILL, STRIDE};
 use loaded::Loaded;
 use source::Source;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use tensorrt_sys as trt;
 
 const INT: usize = size_of::<i32>();
@@ -25,6 +26,8 @@ pub struct Tensorrt {
     /// What reads prompts or pictures for a decoder that does not read them itself.
     source: Option<Source>,
     vision: Option<Loaded>,
+    /// The way to the other ranks of a divided model.
+    communicator: Option<Arc<Communicator>>,
     device: Device,
     config: EngineConfig,
     /// What ran last.
@@ -72,9 +75,24 @@ impl Tensorrt {
     /// # Errors
     /// Engines of another version or for another GPU, before anything is loaded; files that are missing or changed.
     pub fn open(directory: &EngineDirectory) -> Result<Tensorrt, RuntimeError> {
-        let (library, device) = ready(directory)?;
+        Tensorrt::open_rank(directory, 0, Device::open()?, None)
+    }
+
+    /// Loads the engines of one rank; of all calls on it, every rank must make the same.
+    ///
+    /// # Errors
+    /// As [`Tensorrt::open`].
+    pub fn open_rank(
+        directory: &EngineDirectory,
+        rank: usize,
+        device: Device,
+        communicator: Option<Arc<Communicator>>,
+    ) -> Result<Tensorrt, RuntimeError> {
+        device.enter()?;
+        let library = ready(directory, &device)?;
         let load = |network: &str, lender: Option<&Loaded>| -> Result<Loaded, RuntimeError> {
-            Loaded::open(&device, library, &directory.file(&engine_name(network, 0))?, lender)
+            let path = directory.file(&engine_name(network, rank))?;
+            Loaded::open(&device, library, &path, lender, communicator.as_ref())
         };
         let has = |network: &str| directory.manifest.networks.iter().any(|name| name == network);
         let load_if = |network: &str| if has(network) { load(network, None).map(Some) } else { Ok(None) };
@@ -89,7 +107,7 @@ impl Tensorrt {
         };
         let language = load(directory.language(), source.as_ref().map(|source| &source.cross))?;
         let decoder = Decoder::new(&device, language, &config)?;
-        Ok(Tensorrt { decoder, source, vision, device, config, last: Last::Nothing })
+        Ok(Tensorrt { decoder, source, vision, communicator, device, config, last: Last::Nothing })
     }
 
     pub fn device(&self) -> &Device {
@@ -102,7 +120,7 @@ impl Tensorrt {
 
     /// Decode steps, put on the stream.
     pub fn decode_steps(&mut self, count: usize) -> Result<(), RuntimeError> {
-        self.decoder.steps(&self.device, count)?;
+        self.decoder.steps(&self.device, count, self.communicator.as_deref())?;
         self.last = Last::Decode;
         Ok(())
     }
@@ -118,11 +136,20 @@ impl Tensorrt {
             (Work::Prefill, _) => None,
         };
         self.device.wait()?;
-        self.device.record(|| match (vision, &self.source) {
+        let graph = self.device.record(|| match (vision, &self.source) {
             (Some(vision), _) => vision.enqueue(&self.device, 0),
             (None, Some(source)) => source.enqueue(&self.device),
             (None, None) => self.decoder.engine.enqueue(&self.device, PREFILL),
-        })
+        });
+        // No rank replays while another still records.
+        self.communicator.as_deref().map_or(Ok(()), Communicator::meet).map_err(RuntimeError::Ranks)?;
+        graph
+    }
+
+    /// What follows once the work so far is done; work that waited for another rank in vain ends too.
+    fn settled<T>(&self, result: T) -> Result<T, RuntimeError> {
+        self.communicator.as_deref().map_or(Ok(()), Communicator::check).map_err(RuntimeError::Ranks)?;
+        Ok(result)
     }
 
     /// The prompt in the caches and the first new tokens, put on the stream.
@@ -142,13 +169,12 @@ impl Tensorrt {
     }
 }
 
-/// The library and the GPU for a directory's engines, once it is known that they fit.
-fn ready(directory: &EngineDirectory) -> Result<(&'static trt::Library, Device), RuntimeError> {
+/// The library for a directory's engines, once it is known that it and the GPU fit.
+fn ready(directory: &EngineDirectory, device: &Device) -> Result<&'static trt::Library, RuntimeError> {
     let library = trt::Library::open(&backend::find(Kind::Tensorrt)?)?;
-    let device = Device::open()?;
     check_target(&directory.manifest, &library.name(), &device.gpu()?)?;
     plugins::register(library)?;
-    Ok((library, device))
+    Ok(library)
 }
 
 /// TensorRT's own description, JSON, of the layers of each of a directory's engines.
@@ -156,7 +182,8 @@ fn ready(directory: &EngineDirectory) -> Result<(&'static trt::Library, Device),
 /// # Errors
 /// As [`Tensorrt::open`].
 pub fn layers(directory: &EngineDirectory) -> Result<Vec<(String, String)>, RuntimeError> {
-    let (library, _device) = ready(directory)?;
+    let device = Device::open()?;
+    let library = ready(directory, &device)?;
     let describe = |network: &String| {
         let plan = trt::MappedFile::open(&directory.file(&engine_name(network, 0))?)?;
         Ok((network.clone(), trt::Engine::load(library, plan.bytes())?.describe()?))
@@ -210,14 +237,14 @@ impl Executor for Tensorrt {
 
     fn prefill(&mut self, prompts: &[Vec<i32>]) -> Result<Vec<u32>, RuntimeError> {
         self.prefill_start(prompts)?;
-        self.decoder.first(&self.device)
+        self.settled(self.decoder.first(&self.device)?)
     }
 
     fn decode(&mut self, limit: usize) -> Result<Vec<Vec<u32>>, RuntimeError> {
         let room = self.config.room(self.decoder.lengths.iter().copied())?;
         let steps = limit.min(STRIDE).min(room).max(1);
         self.decode_steps(steps)?;
-        self.decoder.made(&self.device, steps)
+        self.settled(self.decoder.made(&self.device, steps)?)
     }
 
     fn force(&mut self, tokens: &[u32]) -> Result<(), RuntimeError> {
