@@ -4,6 +4,7 @@ mod ranks;
 pub use ranks::{ProcessArgs, RankArgs};
 
 use crate::commands;
+use crate::compile::KvCache;
 use crate::failure::{Exit, Failure};
 use crate::report::{Color, Printer, ProgressMode};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -127,6 +128,9 @@ pub struct ModelOptions {
     /// Statistics that `calibrate` wrote: int4-awq, int8-awq and int8-sq need them
     #[arg(long, value_name = "STATS")]
     pub calibration: Option<PathBuf>,
+    /// How keys and values are kept: auto is the networks' own type, int8 halves the bytes of 16-bit ones (not on rtx)
+    #[arg(long, value_enum, default_value = "auto")]
+    pub kv_cache: KvCache,
     /// Ranks of tensor parallelism: the language part is divided among so many engines
     #[arg(long, default_value_t = 1)]
     pub tp: usize,
@@ -339,6 +343,9 @@ pub struct EvalTextArgs {
     /// Statistics that `calibrate` wrote
     #[arg(long, value_name = "STATS")]
     pub calibration: Option<PathBuf>,
+    /// As `build` takes it, for every scheme; compared with a cache of the networks' own type
+    #[arg(long, value_enum, default_value = "auto")]
+    pub kv_cache: KvCache,
     #[arg(long, default_value = "auto", value_parser = dtype)]
     pub dtype: DTypeChoice,
 }
@@ -362,6 +369,9 @@ pub struct EvalPicturesArgs {
     pub calibration: Option<PathBuf>,
     #[arg(long, default_value = "none")]
     pub vision_quant: String,
+    /// As `build` takes it, for every scheme; compared with a cache of the networks' own type
+    #[arg(long, value_enum, default_value = "auto")]
+    pub kv_cache: KvCache,
     /// Only the first pictures
     #[arg(long)]
     pub limit: Option<usize>,

@@ -5,6 +5,7 @@ use crate::engine_dir::{SizeError, SizeRequest, Sizes};
 use crate::passes::{self, PassError, Passed};
 use crate::source::{ModelError, ModelSource};
 use crate::vision_tower;
+use clap::ValueEnum;
 use graphs::{DType, Logits};
 use quant::{Entry, Method, QuantError, Recipe, Source, SourceError};
 use serde_json::{Value, json};
@@ -44,6 +45,15 @@ impl CompileError {
     }
 }
 
+/// How keys and values of earlier tokens are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KvCache {
+    /// In the networks' own type
+    Auto,
+    /// As INT8, each token and head with a scale of its own
+    Int8,
+}
+
 /// What is asked for on the command line.
 #[derive(Clone)]
 pub struct Request {
@@ -60,6 +70,7 @@ pub struct Request {
     pub vision_quant: String,
     /// A file that `calibrate` wrote.
     pub calibration: Option<PathBuf>,
+    pub kv_cache: KvCache,
     pub tp: usize,
     pub sizes: SizeRequest,
     pub logits: Logits,
@@ -130,6 +141,7 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
             let plan = passes::Plan {
                 dump,
                 marks: &request.marks,
+                int8_kv_cache: request.kv_cache == KvCache::Int8,
                 quantized: &quantized,
                 rank,
                 ranks,
@@ -237,7 +249,9 @@ impl Compiled {
                 group = group.max(size);
             }
         }
-        let mut config = json!({ "quant_algo": algorithm, "kv_cache_quant_algo": null, "recipe": recipe });
+        let int8_kv_cache = language.is_some_and(|passed| passed.network.caches().iter().any(|cache| cache.int8));
+        let kept = int8_kv_cache.then_some("INT8");
+        let mut config = json!({ "quant_algo": algorithm, "kv_cache_quant_algo": kept, "recipe": recipe });
         if group > 0 {
             config["group_size"] = json!(group);
         }

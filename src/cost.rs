@@ -67,8 +67,8 @@ pub fn cost(network: &Network, call: Call) -> Cost {
                 let width = (attention.heads * attention.head_dim) as f64;
                 cost.operations += 4.0 * call.batch as f64 * width * pairs;
                 let row = 2.0 * (attention.kv_heads * attention.head_dim) as f64 * element;
-                if attention.cache.is_some() {
-                    cost.cache_bytes += call.batch as f64 * (past + new) * row;
+                if let Some(cache) = attention.kept() {
+                    cost.cache_bytes += call.batch as f64 * (past + new) * cache.token_bytes(network.dtype) as f64;
                 } else if read.is_some_and(|key| key.op == Op::Input) {
                     // Keys and values that another network made, once for all steps.
                     cost.cache_bytes += call.batch as f64 * keys * row;
@@ -125,6 +125,22 @@ mod tests {
         // A tied table is read whole after all, as the head.
         let tied = cost(&network(true), Call { batch: 1, tokens: 1, past: 0, source: 0 });
         assert!((tied.weight_bytes - weight_bytes).abs() < 1.0);
+    }
+
+    /// 132 bytes a row in the place of 256.
+    #[test]
+    fn rows_in_int8() {
+        let mut network = network(false);
+        let call = Call { batch: 8, tokens: 1, past: 2047, source: 0 };
+        let plain = cost(&network, call);
+        for node in &mut network.nodes {
+            if let Op::Attention(attention) = &mut node.op {
+                attention.int8_cache = true;
+            }
+        }
+        let kept = cost(&network, call);
+        assert_eq!(kept.cache_bytes, 8.0 * 2048.0 * 32.0 * 2.0 * 32.0 * 132.0);
+        assert_eq!((kept.cache_bytes * 256.0, kept.weight_bytes), (plain.cache_bytes * 132.0, plain.weight_bytes));
     }
 
     /// 26.5 TFLOP of linear layers and 1.1 of causal attention.

@@ -32,11 +32,16 @@ fn attention_compiles_for_every_gpu_type_and_head() {
             let heads = [(6, false), (8, true), (64, true), (80, false), (128, true), (256, false)];
             // With a bias by distance: T5's heads, of the tests and of flan-t5.
             let plain = heads.map(|(head_dim, rotary)| (head_dim, rotary, false));
-            for (head_dim, rotary, bias) in plain.into_iter().chain([(8, false, true), (64, false, true)]) {
+            let shapes = plain.into_iter().chain([(8, false, true), (64, false, true)]);
+            // INT8 caches once for each kind of loads, tiles among them, and once more with a bias.
+            let kinds = shapes.flat_map(|shape| [(shape, false), (shape, true)]);
+            for ((head_dim, rotary, bias), int8_cache) in kinds {
                 // 80 as OPT-2.7B has it: learned positions.
                 let causal = rotary || head_dim == 80 || bias;
                 let kv_heads = if bias { 4 } else { 2 };
-                let shape = AttentionShape { dtype, heads: 4, kv_heads, head_dim, scale: 0.125, rotary, causal, bias };
+                let (heads, scale) = (4, 0.125);
+                let shape =
+                    AttentionShape { dtype, heads, kv_heads, head_dim, scale, rotary, causal, bias, int8_cache };
                 let plugin = AttentionPlugin::new(shape, &compiler).unwrap();
                 assert_carries(&plugin.state(), &AttentionPlugin::KERNELS);
                 if dtype != DType::Float32 && [64, 80, 128].contains(&head_dim) {

@@ -205,6 +205,9 @@ fn infer_attention(attention: &Attention, inputs: &[&Type]) -> Result<Type, Misf
     if attention.key_lengths && attention.cache.is_some() {
         return Err("a cache has lengths of its own".into());
     }
+    if attention.int8_cache && attention.cache.is_none() {
+        return Err("keys and values that are not kept cannot be kept as INT8".into());
+    }
     if let Some(bias) = &attention.relative_bias {
         let shape = bias.weight.shape();
         if shape != [bias.buckets, heads] || !bias.is_sound() {

@@ -1,5 +1,5 @@
 //! The network IR: nodes in order, each with a path, an op, inputs and a type.
-use crate::{DType, RelativeBias, Rope, Weight, WindowBias};
+use crate::{DType, RelativeBias, Rope, Weight, WindowBias, int8_row};
 use serde::{Deserialize, Serialize};
 
 /// A dimension whose size is known only when the engine runs.
@@ -199,6 +199,9 @@ pub struct Attention {
     /// Slot of the key/value cache (the decoder layer's number).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<usize>,
+    /// The cache holds INT8 rows (`int8_row`), and new keys and values too are read back from it; only with a cache.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub int8_cache: bool,
     /// Keys beyond each request's number do not count; only without a cache.
     #[serde(default, skip_serializing_if = "is_false")]
     pub key_lengths: bool,
@@ -212,6 +215,12 @@ impl Attention {
     /// Inputs besides query, key and value.
     pub fn extra_inputs(&self) -> usize {
         usize::from(self.rope.is_some()) + 2 * usize::from(self.cache.is_some()) + usize::from(self.key_lengths)
+    }
+
+    /// The cache that it reads and writes.
+    pub fn kept(&self) -> Option<Cache> {
+        let Attention { kv_heads, head_dim, int8_cache: int8, .. } = *self;
+        self.cache.map(|slot| Cache { slot, kv_heads, head_dim, int8 })
     }
 }
 
@@ -379,12 +388,31 @@ impl Op {
     }
 }
 
-/// One key/value cache that a network reads and writes: keys and values `[batch, kv_heads, rows, head_dim]` each.
+/// One key/value cache that a network reads and writes: keys and values `[batch, kv_heads, rows, row_elements]` each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cache {
     pub slot: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// Rows are INT8 with their scale behind them.
+    pub int8: bool,
+}
+
+impl Cache {
+    /// The type that it is stored in, where the network computes in `compute`.
+    pub fn dtype(&self, compute: DType) -> DType {
+        if self.int8 { DType::Int8 } else { compute }
+    }
+
+    /// Elements of one head's row as they are stored.
+    pub fn row_elements(&self) -> usize {
+        if self.int8 { int8_row::stored_bytes(self.head_dim) } else { self.head_dim }
+    }
+
+    /// Bytes of one token's keys and values of all heads.
+    pub fn token_bytes(&self, compute: DType) -> usize {
+        2 * self.kv_heads * self.dtype(compute).bytes(self.row_elements())
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -412,9 +440,7 @@ impl Network {
             .nodes
             .iter()
             .filter_map(|node| match &node.op {
-                Op::Attention(Attention { cache: Some(slot), kv_heads, head_dim, .. }) => {
-                    Some(Cache { slot: *slot, kv_heads: *kv_heads, head_dim: *head_dim })
-                }
+                Op::Attention(attention) => attention.kept(),
                 _ => None,
             })
             .collect();

@@ -5,6 +5,7 @@ mod dtype;
 mod error;
 pub mod families;
 mod infer;
+pub mod int8_row;
 pub mod interpret;
 mod ir;
 pub mod models;

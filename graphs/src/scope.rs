@@ -200,6 +200,7 @@ impl<'g> Scope<'g> {
             relative_bias: None,
             window_bias: None,
             cache: None,
+            int8_cache: false,
             key_lengths: false,
         };
         AttentionLayer { graph: self.graph, path: self.name("attention"), attention, extra: Vec::new() }

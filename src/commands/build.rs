@@ -4,9 +4,10 @@ use crate::backend::{self, Kind};
 use crate::builder::{BuildEvent, LocalSpec, Supervisor};
 use crate::checkpoint::{Checkpoint, Download, HubSettings, Options};
 use crate::cli::{BuildArgs, ModelOptions, Target};
-use crate::compile::{Compiled, Request, compile};
+use crate::compile::{Compiled, KvCache, Request, compile};
 use crate::engine_dir::{Manifest, SizeRequest};
 use crate::failure::{Exit, Failure};
+use crate::lower;
 use crate::report::{Printer, Progress, bytes, duration};
 use graphs::Logits;
 use serde_json::{Value, json};
@@ -14,6 +15,7 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tensorrt_sys::Family;
 
 pub(super) fn request(options: &ModelOptions) -> Request {
     Request {
@@ -24,6 +26,7 @@ pub(super) fn request(options: &ModelOptions) -> Request {
         quant: options.quant.clone(),
         vision_quant: options.vision_quant.clone(),
         calibration: options.calibration.clone(),
+        kv_cache: options.kv_cache,
         tp: options.tp,
         sizes: SizeRequest {
             max_batch_size: options.max_batch_size,
@@ -85,6 +88,7 @@ pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
 pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Vec<Value>), Failure> {
     let start = Instant::now();
     let options = &args.options;
+    check_kv_cache(options)?;
     let engines = engine_target(args)?;
     let request = Request { dump: args.dump.clone(), marks: args.mark.clone(), ..request(options) };
     let mut compiled = compile_reported(&request, printer)?;
@@ -114,6 +118,25 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Ve
     let text = format!("{} ({}) in {}", args.output.display(), bytes(size), duration(start.elapsed()));
     printer.status("Finished", &text);
     Ok((manifest, reporter.engines))
+}
+
+/// Refuses what a target cannot keep.
+pub(super) fn check_kv_cache(options: &ModelOptions) -> Result<(), Failure> {
+    let family = |target| match target {
+        Target::Rtx => Some(Family::Rtx),
+        Target::Tensorrt => Some(Family::Ten),
+        Target::Reference => None,
+    };
+    let lacks = |target: &&Target| family(**target).is_some_and(|family| !lower::has_int8_cache(family));
+    match options.target.iter().find(lacks) {
+        Some(target) if options.kv_cache == KvCache::Int8 => {
+            let message =
+                format!("--kv-cache int8: target `{}` keeps keys and values in the networks' own type", target.name());
+            Err(Failure::new(Exit::Refused, message)
+                .hint(Some("use --target tensorrt,reference, or --kv-cache auto".into())))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Reads headers and says what was found and decided.
@@ -222,6 +245,9 @@ fn command(args: &BuildArgs) -> String {
     );
     if options.calibration.is_some() {
         text += " --calibration STATISTICS";
+    }
+    if options.kv_cache == KvCache::Int8 {
+        text += " --kv-cache int8";
     }
     let sizes = [
         ("--max-input-len", options.max_input_len),

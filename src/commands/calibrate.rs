@@ -3,7 +3,7 @@ use super::build::compile_reported;
 use super::eval::{Task, lesson, sampler_config};
 use crate::calibration::{GatherOptions, fingerprint, gather};
 use crate::cli::CalibrateArgs;
-use crate::compile::Request;
+use crate::compile::{KvCache, Request};
 use crate::engine_dir::SizeRequest;
 use crate::failure::{Exit, Failure};
 use crate::processor::Processor;
@@ -22,6 +22,7 @@ pub fn run(args: &CalibrateArgs, printer: &Printer) -> Result<(), Failure> {
         quant: "none".into(),
         vision_quant: "none".into(),
         calibration: None,
+        kv_cache: KvCache::Auto,
         tp: 1,
         // Prompts as long as the model takes them.
         sizes: SizeRequest { max_batch_size: 1, max_output_len: Some(1), ..SizeRequest::default() },

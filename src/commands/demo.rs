@@ -2,6 +2,7 @@
 use super::build::build;
 use super::{backend as backend_command, run as run_command};
 use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, ModelOptions, RankArgs, Target};
+use crate::compile::KvCache;
 use crate::engine_dir::{EngineDirectory, Manifest};
 use crate::failure::{Exit, Failure};
 use crate::processor::Picture;
@@ -98,6 +99,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
             quant: quant.to_owned(),
             vision_quant: "none".to_owned(),
             calibration: None,
+            kv_cache: KvCache::Auto,
             tp: 1,
             max_batch_size: 1,
             max_input_len: None,

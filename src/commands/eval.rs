@@ -1,7 +1,7 @@
 //! `eval`: what quantization costs, on the reference.
 use super::build::{compile_reported, search};
 use crate::cli::{EvalCommand, EvalPicturesArgs, EvalTextArgs};
-use crate::compile::{Compiled, Request};
+use crate::compile::{Compiled, KvCache, Request};
 use crate::engine_dir::{EngineConfig, SizeRequest};
 use crate::failure::{Exit, Failure};
 use crate::processor::{Picture, Processor};
@@ -34,6 +34,7 @@ fn request(model: &str, dtype: Option<graphs::DType>, calibration: Option<&PathB
         quant: UNQUANTIZED.to_owned(),
         vision_quant: UNQUANTIZED.to_owned(),
         calibration: calibration.cloned(),
+        kv_cache: KvCache::Auto,
         tp: 1,
         sizes: SizeRequest { max_batch_size: 1, ..SizeRequest::default() },
         logits: Logits::All,
@@ -108,10 +109,11 @@ fn text(args: &EvalTextArgs, printer: &Printer) -> Result<(), Failure> {
     let mut rows = Vec::new();
     let mut results = Vec::new();
     for quant in &args.quant {
-        let found = if quant == UNQUANTIZED {
+        let found = if quant == UNQUANTIZED && args.kv_cache == KvCache::Auto {
             of_plain
         } else {
-            let compiled = compiled(&Request { quant: quant.clone(), ..request.clone() }, printer)?;
+            let compiled =
+                compiled(&Request { quant: quant.clone(), kv_cache: args.kv_cache, ..request.clone() }, printer)?;
             scores(&compiled, &processor, &samples, &mut baseline, printer)?
         };
         let Scores { perplexity, divergence, .. } = found;
@@ -195,9 +197,9 @@ fn pictures(args: &EvalPicturesArgs, printer: &Printer) -> Result<(), Failure> {
     let mut results = Vec::new();
     for quant in &args.quant {
         let (quant_text, vision_quant) = (quant.clone(), args.vision_quant.clone());
-        let request = Request { quant: quant_text, vision_quant, ..request.clone() };
+        let request = Request { quant: quant_text, vision_quant, kv_cache: args.kv_cache, ..request.clone() };
         let found = compiled(&request, printer)?;
-        let unquantized = quant == UNQUANTIZED && args.vision_quant == UNQUANTIZED;
+        let unquantized = quant == UNQUANTIZED && args.vision_quant == UNQUANTIZED && args.kv_cache == KvCache::Auto;
         let scored = if unquantized { of_plain } else { scores(&found, &processor, &samples, &mut baseline, printer)? };
         let mut answering = compile_reported(&Request { logits: Logits::Last, ..request }, printer)?;
         answering.take_vectors(found);

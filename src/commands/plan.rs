@@ -1,5 +1,5 @@
 //! `plan`: what a build would do, from headers alone.
-use super::build::{compile_reported, request};
+use super::build::{check_kv_cache, compile_reported, request};
 use crate::cli::{PlanArgs, Target};
 use crate::compile::Compiled;
 use crate::failure::Failure;
@@ -27,6 +27,7 @@ struct Row {
 }
 
 pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
+    check_kv_cache(&args.options)?;
     let compiled = compile_reported(&request(&args.options), printer)?;
     let mut networks = Vec::new();
     let mut summary = Vec::new();
@@ -149,10 +150,8 @@ fn network_json(compiled: &Compiled, passed: &Passed, rows: &[Row], weights: u64
     let caches = passed.network.caches();
     let cache_bytes: usize = caches
         .iter()
-        .map(|cache| 2 * cache.kv_heads * cache.head_dim * compiled.sizes.max_seq_len * compiled.sizes.max_batch_size)
-        .sum::<usize>()
-        * compiled.dtype.bits()
-        / 8;
+        .map(|cache| cache.token_bytes(compiled.dtype) * compiled.sizes.max_seq_len * compiled.sizes.max_batch_size)
+        .sum();
     json!({
         "name": passed.network.name, "nodes": passed.network.nodes.len(), "weight_bytes": weights,
         "cache_bytes": cache_bytes, "rtx_build_memory_bytes": rtx, "weights": tensors,

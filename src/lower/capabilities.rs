@@ -5,6 +5,8 @@ use tensorrt_sys::Family;
 pub(super) struct Capabilities {
     /// Attention, cache update and rotary positions are layers.
     pub(super) native_attention: bool,
+    /// Keys and values can be kept as INT8: our plugin does, TensorRT-RTX's cache layer has one type for all it touches.
+    pub(super) int8_cache: bool,
     /// All-reduce and all-gather are layers; elsewhere they are a plugin.
     pub(super) native_collectives: bool,
     /// Dequantization in blocks takes tensors of any rank, not matrices only.
@@ -24,6 +26,7 @@ impl Capabilities {
         match family {
             Family::Rtx => Capabilities {
                 native_attention: true,
+                int8_cache: false,
                 native_collectives: true,
                 blocks_of_any_rank: true,
                 int8_keeps_bias: true,
@@ -32,6 +35,7 @@ impl Capabilities {
             // 11 has such layers too, but trtvlm has never run them.
             Family::Ten | Family::Eleven => Capabilities {
                 native_attention: false,
+                int8_cache: true,
                 native_collectives: false,
                 blocks_of_any_rank: false,
                 int8_keeps_bias: false,

@@ -103,6 +103,11 @@ pub(crate) const LOGITS: &str = "logits";
 pub(crate) const NEXT_TOKENS: &str = "next_tokens";
 pub(crate) const NEXT_LENGTHS: &str = "next_lengths";
 
+/// Whether engines of a kind can keep keys and values as INT8.
+pub fn has_int8_cache(family: trt::Family) -> bool {
+    Capabilities::of(family).int8_cache
+}
+
 /// TensorRT's name of an element type.
 pub(crate) fn data_type(dtype: DType) -> trt::DataType {
     match dtype {

@@ -50,7 +50,8 @@ fn profile(network: &Network, sizes: &Sizes, decode: bool) -> Vec<ShapeRange> {
         .map(|node| range(node.path.clone(), &node.ty.shape))
         .collect();
     for cache in network.caches() {
-        let shape = [Axis::Batch.into(), cache.kv_heads.into(), sizes.max_seq_len.into(), cache.head_dim.into()];
+        let row = cache.row_elements();
+        let shape = [Axis::Batch.into(), cache.kv_heads.into(), sizes.max_seq_len.into(), row.into()];
         for kind in ["key", "value"] {
             let [input, _] = cache_names(kind, cache.slot);
             ranges.push(range(input, &shape));

@@ -1,4 +1,5 @@
 //! Passes: named functions from a network to a network, in one list, each followed by the verifier.
+mod kv_cache;
 mod mark;
 mod prequantized;
 mod quantize;
@@ -56,6 +57,8 @@ pub struct Plan<'p> {
     pub dump: Option<PathBuf>,
     /// Patterns of paths whose results become outputs too.
     pub marks: &'p [String],
+    /// Keys and values are kept as INT8.
+    pub int8_kv_cache: bool,
     /// Of tensor parallelism: which part of how many.
     pub rank: usize,
     pub ranks: usize,
@@ -66,7 +69,8 @@ pub struct Plan<'p> {
 impl<'p> Plan<'p> {
     /// The whole network, nothing dumped or marked, of a checkpoint that holds numbers.
     pub fn new(recipe: &'p Recipe) -> Plan<'p> {
-        Plan { recipe, dump: None, marks: &[], rank: 0, ranks: 1, quantized: &|_| None }
+        let quantized = &|_: &str| None;
+        Plan { recipe, dump: None, marks: &[], int8_kv_cache: false, rank: 0, ranks: 1, quantized }
     }
 }
 
@@ -100,6 +104,7 @@ const PASSES: &[(&str, Pass)] = &[
     ("prequantized", prequantized::prequantized),
     ("smooth", smooth::smooth),
     ("quantize", quantize::quantize),
+    ("kv-cache", kv_cache::kv_cache),
     ("shard", shard::shard),
     ("mark", mark::mark),
 ];

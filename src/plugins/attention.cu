@@ -2,10 +2,12 @@
 // Su et al. 2021; the online softmax of Milakov and Gimelshein 2018; the split over keys of Flash-Decoding, Dao et al. 2023).
 //
 // The compiler's command line defines TYPE (0 float32, 1 float16, 2 bfloat16), HEADS, KV_HEADS, HEAD_DIM, ROTARY (0, 1),
-// CAUSAL (0, 1), BIAS (0, 1) and SCALE. Arithmetic is float32 whatever the type.
+// CAUSAL (0, 1), BIAS (0, 1), SCALE and, for caches in INT8, INT8_ROW, the bytes of a row. Arithmetic is float32 whatever
+// the type.
 //
 // query, result: [batch, tokens, HEADS, HEAD_DIM]; key, value: [batch, tokens, KV_HEADS, HEAD_DIM]
-// key_cache, value_cache: [batch, KV_HEADS, rows, HEAD_DIM]
+// key_cache, value_cache: [batch, KV_HEADS, rows, HEAD_DIM], or INT8 [batch, KV_HEADS, rows, INT8_ROW]: a row's values in
+// steps of its scale, which is float32 in its last 4 bytes (the reference's definition: graphs/src/int8_row.rs)
 // positions: [batch, tokens]; past, sequence: [batch], rows filled before and after this call
 // table: [rows, HEAD_DIM / 2, 2], cosine and sine of position * frequency
 // bias: [HEADS, rows], what is added to the score of a key so many rows before the query's own (T5, Raffel et al. 2020)
@@ -22,6 +24,15 @@ __device__ element store(float x) { element y; asm("cvt.rn.f16.f32 %0, %1;" : "=
 typedef half_bits element;
 __device__ float load(element x) { return __uint_as_float((unsigned)x << 16); }
 __device__ element store(float x) { element y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+#endif
+
+// What the caches hold, and how many of it a row takes.
+#ifdef INT8_ROW
+typedef signed char cached;
+#define ROW INT8_ROW
+#else
+typedef element cached;
+#define ROW HEAD_DIM
 #endif
 
 #define HALF (HEAD_DIM / 2)
@@ -59,8 +70,48 @@ __device__ float nearness(const float *bias, int head, int query, int key, int r
 #endif
 }
 
-// Writes the new keys, rotated, and values into the caches. Grid (tokens, batch).
-extern "C" __global__ void trtvlm_append(const element *key, const element *value, element *key_cache, element *value_cache,
+// Dimensions of a lane: LANE of them in a row.
+#define LANE ((HEAD_DIM + 31) / 32)
+
+#ifdef INT8_ROW
+__device__ float scale_of(const cached *row) { return *reinterpret_cast<const float *>(row + ROW - 4); }
+
+// Element `place` of a cache, which is dimension d of its row.
+__device__ float kept(const cached *cache, size_t place, int d) { return (float)cache[place] * scale_of(cache + place - d); }
+
+// The larger, or NaN if either is.
+__device__ float larger(float most, float x) { return x > most || x != x ? x : most; }
+
+// Four values in steps, from the bytes of one word: a byte over 128 is the end of a float32 near 2^23.
+__device__ void unpack(unsigned bits, float *x) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        x[i] = __uint_as_float(__byte_perm(bits ^ 0x80808080u, 0x4b000000u, 0x7440 | i)) - 8388736.0f;
+}
+
+// One warp writes one row: element `lane + 32 i` of it is x[i].
+__device__ void keep(const float *x, cached *row, int lane) {
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < LANE; i++) most = larger(most, fabsf(x[i]));
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) most = larger(most, __shfl_xor_sync(EVERYONE, most, step));
+    const float scale = most / 127.0f;
+#pragma unroll
+    for (int i = 0; i < LANE; i++) {
+        const int d = lane + 32 * i;
+        // NaN, of infinite scales, becomes 0, which such a scale makes NaN again.
+        const int steps = scale > 0.0f ? max(-127, min(127, __float2int_rn(x[i] / scale))) : 0;
+        if (d < ROW - 4) row[d] = d < HEAD_DIM ? steps : 0;
+    }
+    if (lane == 0) *reinterpret_cast<float *>(row + ROW - 4) = scale;
+}
+#else
+__device__ float kept(const cached *cache, size_t place, int) { return load(cache[place]); }
+#endif
+
+// Writes the new keys, rotated, and values into the caches. Grid (tokens, batch), a multiple of 32 threads.
+extern "C" __global__ void trtvlm_append(const element *key, const element *value, cached *key_cache, cached *value_cache,
                                   const int *positions, const int *past, const int *sequence, const float *table,
                                   int tokens, int rows) {
     const int t = blockIdx.x, request = blockIdx.y;
@@ -69,20 +120,49 @@ extern "C" __global__ void trtvlm_append(const element *key, const element *valu
     if (row < 0 || row >= sequence[request] || row >= rows) return;
     const int position = ROTARY ? place(positions[request * tokens + t], rows) : 0;
     const size_t source = (size_t)(request * tokens + t) * KV_HEADS * HEAD_DIM;
+#ifdef INT8_ROW
+    const int lane = threadIdx.x % 32;
+    // A warp takes a head's key or its value.
+    for (int i = threadIdx.x / 32; i < 2 * KV_HEADS; i += blockDim.x / 32) {
+        const int head = i / 2;
+        const element *own = (i % 2 ? value : key) + source + head * HEAD_DIM;
+        float x[LANE];
+#pragma unroll
+        for (int j = 0; j < LANE; j++) {
+            const int d = lane + 32 * j;
+            x[j] = d >= HEAD_DIM ? 0.0f : i % 2 ? load(own[d]) : rotated(own, d, table, position);
+        }
+        keep(x, (i % 2 ? value_cache : key_cache) + ((size_t)(request * KV_HEADS + head) * rows + row) * ROW, lane);
+    }
+#else
     for (int i = threadIdx.x; i < KV_HEADS * HEAD_DIM; i += blockDim.x) {
         const int head = i / HEAD_DIM, d = i % HEAD_DIM;
         const size_t target = ((size_t)(request * KV_HEADS + head) * rows + row) * HEAD_DIM + d;
         key_cache[target] = ROTARY ? store(rotated(key + source + head * HEAD_DIM, d, table, position)) : key[source + i];
         value_cache[target] = value[source + i];
     }
+#endif
 }
 
-// Dimensions of a lane: LANE of them in a row.
-#define LANE ((HEAD_DIM + 31) / 32)
-
-// One lane's part of a cache row, several elements in one load where the head divides evenly.
-__device__ void load_lane(const element *row, int lane, float *x) {
-#if HEAD_DIM % 32 == 0 && TYPE != 0 && LANE == 4
+// One lane's part of a cache row, several elements in one load where the head divides evenly; gives the scale that they
+// are still to be multiplied by.
+__device__ float load_lane(const cached *row, int lane, float *x) {
+#ifdef INT8_ROW
+#if HEAD_DIM % 32 == 0 && LANE % 4 == 0
+#pragma unroll
+    for (int i = 0; i < LANE; i += 4) unpack(*reinterpret_cast<const unsigned *>(row + lane * LANE + i), x + i);
+#elif HEAD_DIM % 32 == 0 && LANE == 2
+    const short bits = *reinterpret_cast<const short *>(row + lane * 2);
+    x[0] = (float)(signed char)(bits & 0xff), x[1] = (float)(bits >> 8);
+#else
+#pragma unroll
+    for (int i = 0; i < LANE; i++) {
+        const int d = lane * LANE + i;
+        x[i] = d < HEAD_DIM ? (float)row[d] : 0.0f;
+    }
+#endif
+    return scale_of(row);
+#elif HEAD_DIM % 32 == 0 && TYPE != 0 && LANE == 4
     const uint2 bits = *reinterpret_cast<const uint2 *>(row + lane * 4);
     x[0] = load(bits.x & 0xffff), x[1] = load(bits.x >> 16), x[2] = load(bits.y & 0xffff), x[3] = load(bits.y >> 16);
 #elif HEAD_DIM % 32 == 0 && TYPE != 0 && LANE == 2
@@ -95,17 +175,24 @@ __device__ void load_lane(const element *row, int lane, float *x) {
         x[i] = d < HEAD_DIM ? load(row[d]) : 0.0f;
     }
 #endif
+#ifndef INT8_ROW
+    return 1.0f;
+#endif
 }
 
 // Cache rows of one block, and how many a warp loads before it uses the first.
 #define CHUNK 64
 #define WARPS 4
+#ifdef INT8_ROW
+#define AHEAD 8
+#else
 #define AHEAD 4
+#endif
 
 // A part of the keys for one query: the running maximum, the sum and the unnormalized mix go to `partial`
 // [batch * tokens, HEADS, splits, HEAD_DIM + 2]. Grid (splits, HEADS, batch * tokens), WARPS warps.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    trtvlm_attend_part(const element *query, const element *key_cache, const element *value_cache, const int *positions,
+    trtvlm_attend_part(const element *query, const cached *key_cache, const cached *value_cache, const int *positions,
                 const int *past, const int *sequence, const float *table, const float *bias, float *partial, int tokens,
                 int rows) {
     const int split = blockIdx.x, head = blockIdx.y, token = blockIdx.z;
@@ -124,15 +211,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         mix[i] = 0.0f;
     }
     const size_t plane = (size_t)(request * KV_HEADS + head / GROUP) * rows;
-    const element *keys_of = key_cache + plane * HEAD_DIM, *values_of = value_cache + plane * HEAD_DIM;
+    const cached *keys_of = key_cache + plane * ROW, *values_of = value_cache + plane * ROW;
     float most = LOWEST, sum = 0.0f;
     for (int first = start + warp * AHEAD; first < end; first += WARPS * AHEAD) {
-        float k[AHEAD][LANE], v[AHEAD][LANE], score[AHEAD];
+        float k[AHEAD][LANE], v[AHEAD][LANE], key_scale[AHEAD], value_scale[AHEAD], score[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             const size_t row = min(first + j, end - 1);
-            load_lane(keys_of + row * HEAD_DIM, lane, k[j]);
-            load_lane(values_of + row * HEAD_DIM, lane, v[j]);
+            key_scale[j] = load_lane(keys_of + row * ROW, lane, k[j]);
+            value_scale[j] = load_lane(values_of + row * ROW, lane, v[j]);
         }
         float highest = most;
 #pragma unroll
@@ -142,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
             for (int i = 0; i < LANE; i++) dot += q[i] * k[j][i];
 #pragma unroll
             for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(EVERYONE, dot, step);
+            dot *= key_scale[j];
             score[j] = first + j < end ? dot + nearness(bias, head, own_past + t, first + j, rows) : LOWEST;
             highest = fmaxf(highest, score[j]);
         }
@@ -154,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
             const float weight = first + j < end ? __expf(score[j] - highest) : 0.0f;
             sum += weight;
 #pragma unroll
-            for (int i = 0; i < LANE; i++) mix[i] += weight * v[j][i];
+            for (int i = 0; i < LANE; i++) mix[i] += weight * value_scale[j] * v[j][i];
         }
         most = highest;
     }
@@ -212,7 +300,7 @@ extern "C" __global__ void trtvlm_attend_join(const float *partial, element *res
 
 // All keys for many queries. Grid (ceil(tokens / QUERIES), HEADS, batch), WARPS warps.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    trtvlm_attend_all(const element *query, const element *key_cache, const element *value_cache, const int *positions,
+    trtvlm_attend_all(const element *query, const cached *key_cache, const cached *value_cache, const int *positions,
                const int *past, const int *sequence, const float *table, const float *bias, element *result, int tokens,
                int rows) {
     extern __shared__ float4 shared[];
@@ -251,9 +339,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         for (int i = threadIdx.x; i < KEYS * WIDTH; i += blockDim.x) {
             const int row = i / WIDTH, d = i % WIDTH;
             const bool inside = start + row < last && d < HEAD_DIM;
-            const size_t source = (plane + start + row) * HEAD_DIM + d;
-            keys[row * PADDED + d] = inside ? load(key_cache[source]) : 0.0f;
-            values[row * PADDED + d] = inside ? load(value_cache[source]) : 0.0f;
+            const size_t source = (plane + start + row) * ROW + d;
+            keys[row * PADDED + d] = inside ? kept(key_cache, source, d) : 0.0f;
+            values[row * PADDED + d] = inside ? kept(value_cache, source, d) : 0.0f;
         }
         __syncthreads();
         float score[OWN];

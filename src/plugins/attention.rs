@@ -1,14 +1,14 @@
 //! Attention over an in-place key/value cache, rotary positions included: `attention.cu` as a TensorRT layer.
 //!
 //! Inputs: query `[batch, tokens, heads * head_dim]`, key and value `[batch, tokens, kv_heads * head_dim]`, key and value
-//! cache `[batch, kv_heads, rows, head_dim]`, past and sequence lengths int32 `[batch]`; with rotary positions then
+//! cache `[batch, kv_heads, rows, head_dim]` or int8 `[batch, kv_heads, rows, bytes of a row]`, past and sequence lengths int32 `[batch]`; with rotary positions then
 //! position ids int32 `[batch, tokens]` and the table float32 `[rows, head_dim / 2, 2]` of cosines and sines; with a bias
 //! last a table float32 `[heads, rows]` of what is added to the score of a key so many rows before the query's own.
 //! Outputs: the mix, of the query's shape, and the two caches, changed in place.
 use super::kernel::{Compiler, Kernels, Launch};
 use super::nvrtc::CompileError;
 use crate::lower::data_type;
-use graphs::DType;
+use graphs::{DType, int8_row};
 use serde::{Deserialize, Serialize};
 use std::ffi::{CStr, c_void};
 use tensorrt_sys::{DataType, Plugin, PluginCall, PluginOutput, PluginTensor, Signature};
@@ -41,6 +41,9 @@ pub struct AttentionShape {
     pub causal: bool,
     /// A bias by distance is added to the scores.
     pub bias: bool,
+    /// The caches hold INT8 rows. Left out where they do not, as in engines of before.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub int8_cache: bool,
 }
 
 impl AttentionShape {
@@ -55,7 +58,8 @@ impl AttentionShape {
             DType::Bfloat16 => 2,
             _ => 0,
         };
-        vec![
+        let row = self.int8_cache.then(|| format!("-DINT8_ROW={}", int8_row::stored_bytes(self.head_dim)));
+        let options = [
             format!("-DTYPE={kind}"),
             format!("-DHEADS={}", self.heads),
             format!("-DKV_HEADS={}", self.kv_heads),
@@ -64,7 +68,14 @@ impl AttentionShape {
             format!("-DROTARY={}", u8::from(self.rotary)),
             format!("-DCAUSAL={}", u8::from(self.causal)),
             format!("-DBIAS={}", u8::from(self.bias)),
-        ]
+        ];
+        options.into_iter().chain(row).collect()
+    }
+
+    /// Threads of a block that appends one token: one for each element, or a warp for each head's key and its value.
+    fn appending(&self) -> usize {
+        let wanted = if self.int8_cache { 2 * self.kv_heads * 32 } else { self.kv_heads * self.head_dim };
+        wanted.next_multiple_of(32).min(512)
     }
 }
 
@@ -102,10 +113,11 @@ impl Plugin for AttentionPlugin {
         let rotary = [int, DataType::Float];
         let rotary = if self.shape.rotary { &rotary[..] } else { &[] };
         let bias = if self.shape.bias { &[DataType::Float][..] } else { &[] };
-        let output = |like, in_place| PluginOutput { dtype: own, like, in_place };
+        let kept = if self.shape.int8_cache { DataType::Int8 } else { own };
+        let output = |dtype, like, in_place| PluginOutput { dtype, like, in_place };
         Signature {
-            inputs: [&[own; 5][..], &[int; 2], rotary, bias].concat(),
-            outputs: vec![output(0, false), output(3, true), output(4, true)],
+            inputs: [&[own, own, own, kept, kept][..], &[int; 2], rotary, bias].concat(),
+            outputs: vec![output(own, 0, false), output(kept, 3, true), output(kept, 4, true)],
         }
     }
 
@@ -121,7 +133,7 @@ impl Plugin for AttentionPlugin {
     }
 
     fn enqueue(&self, call: &PluginCall<'_>) -> Result<(), String> {
-        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let AttentionShape { heads, head_dim, .. } = self.shape;
         let [append, attend_part, attend_join, attend_all] = AttentionPlugin::KERNELS;
         let Sizes { batch, tokens, rows } =
             sizes(call.inputs.iter().map(|input| input.shape.as_slice())).ok_or("its inputs have other shapes")?;
@@ -155,11 +167,10 @@ impl Plugin for AttentionPlugin {
                 unsafe { self.kernels.launch($name, launch, call.stream, arguments) }
             }};
         }
-        let threads = (kv_heads * head_dim).next_multiple_of(32).min(512);
         launch!(
             append,
             [tokens, batch, 1],
-            threads,
+            self.shape.appending(),
             0,
             [key, value, keys, values, positions, past, sequence, table, token_count, row_count]
         )?;

@@ -38,9 +38,23 @@ __device__ void load_transposed(unsigned *r, const element *row) {
 
 __device__ unsigned pair(float low, float high) { return (unsigned)store(low) | (unsigned)store(high) << 16; }
 
+// Eight elements of a cache row in the type that is multiplied.
+__device__ uint4 load_eight(const cached *row, int d) {
+#ifdef INT8_ROW
+    float x[8];
+    const float scale = scale_of(row);
+    unpack(*reinterpret_cast<const unsigned *>(row + d), x), unpack(*reinterpret_cast<const unsigned *>(row + d + 4), x + 4);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] *= scale;
+    return uint4{pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7])};
+#else
+    return *reinterpret_cast<const uint4 *>(row + d);
+#endif
+}
+
 // Grid (ceil(tokens / TILE_QUERIES), HEADS, batch), WARPS warps.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    trtvlm_attend_tiles(const element *query, const element *key_cache, const element *value_cache, const int *positions,
+    trtvlm_attend_tiles(const element *query, const cached *key_cache, const cached *value_cache, const int *positions,
                         const int *past, const int *sequence, const float *table, const float *bias, element *result,
                         int tokens, int rows) {
     __shared__ __align__(16) element keys[TILE_KEYS * STRIDE];
@@ -79,9 +93,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
             const int key = i / (HEAD_DIM / 8), d = i % (HEAD_DIM / 8) * 8;
             uint4 k = {0, 0, 0, 0}, v = {0, 0, 0, 0};
             if (start + key < last) {
-                const size_t source = (plane + start + key) * HEAD_DIM + d;
-                k = *reinterpret_cast<const uint4 *>(key_cache + source);
-                v = *reinterpret_cast<const uint4 *>(value_cache + source);
+                const size_t source = (plane + start + key) * ROW;
+                k = load_eight(key_cache + source, d);
+                v = load_eight(value_cache + source, d);
             }
             *reinterpret_cast<uint4 *>(keys + key * STRIDE + d) = k;
             *reinterpret_cast<uint4 *>(values + key * STRIDE + d) = v;

@@ -157,6 +157,19 @@ def small_checks(work):
             directory = work / f"smollm2-{dtype}-{quant}"
             checks[f"SmolLM2-135M {dtype} {quant}"] = lambda directory=directory, dtype=dtype, quant=quant: compared(
                 smol, directory, "--dtype", dtype, "--quant", quant, *batch, *sizes, all_equal=dtype == "float32")
+    # Keys and values as INT8. In float32 and float16 alike the last bit decides to which side a value is rounded, so that near
+    # ties may fall elsewhere: how many choices were equal is in the record, and not asked for.
+    kept = ("--kv-cache", "int8")
+    for dtype in ("float32", "float16", "bfloat16"):
+        checks[f"llava-hf {dtype}, INT8 cache"] = lambda dtype=dtype: compared(
+            FIXTURE, work / f"kv-fixture-{dtype}", "--dtype", dtype, *kept, *batch, *quick)
+    for dtype in ("float32", "float16"):
+        for name, model in (("blip2-opt", BLIP2), ("blip2-t5", BLIP2_T5), ("nougat", ROOT / "fixtures/nougat")):
+            checks[f"{name} {dtype}, INT8 cache"] = lambda dtype=dtype, name=name, model=model: compared(
+                model, work / f"kv-{name}-{dtype}", "--dtype", dtype, *kept, *batch, *quick)
+        if smol:
+            checks[f"SmolLM2-135M {dtype}, INT8 cache"] = lambda dtype=dtype: compared(
+                smol, work / f"kv-smollm2-{dtype}", "--dtype", dtype, *kept, *batch, *sizes)
     every = ("float32", "float16", "bfloat16")
     shapes = {
         "4 heads of 6": (every[:1], dict(hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=4, head_dim=6)),
@@ -174,6 +187,14 @@ def small_checks(work):
                                 verify_flags=("--input-len", "197", "--steps", "40"), all_equal=dtype == "float32")
             checks[f"{name}, {dtype}, 3 prompts of 197, 196 and 195 tokens"] = check
     checks.update(rank_checks(work, batch, (PROGRAM, ROOT, run, build, verify, shape, need, last_lines, picture)))
+    # Every kind of loads, blocks of rows of which the last is not full, and tiles.
+    for name in ("4 heads of 6", "6 heads of 64 on 2", "4 heads of 80 on 1", "4 heads of 128", "2 heads of 256"):
+        for dtype in ("float32", "float16"):
+            def cached(name=name, dtype=dtype):
+                model = shape(work, f"kv-{name}-{dtype}".replace(" ", "_"), **shapes[name][1])
+                return compared(model, work / f"kv-engine-{name}-{dtype}".replace(" ", "_"), "--dtype", dtype, *kept, *long,
+                                verify_flags=("--input-len", "197", "--steps", "40"))
+            checks[f"{name}, {dtype}, INT8 cache"] = cached
     checks["a run says what the reference says"] = lambda: same_answer(work, smol, trained)
     checks["killed in the middle, the directory before is whole"] = lambda: killed(work)
     checks["inspect shows the layers"] = lambda: inspected(work)
@@ -260,6 +281,9 @@ def sanitize_checks(work):
              "blip2-t5 float32": ("blip2-t5-float32-none", ()), "T5 alone float16": ("t5-float16", ("--input-len", "70")),
              "6 heads of 64 on 2, bfloat16": ("engine-6_heads_of_64_on_2-bfloat16", ("--input-len", "70")),
              "4 heads of 128, float16": ("engine-4_heads_of_128-float16", ("--input-len", "70")),
+             "llava-hf float16, INT8 cache": ("kv-fixture-float16", ()),
+             "4 heads of 128, float16, INT8 cache": ("kv-engine-4_heads_of_128-float16", ("--input-len", "70")),
+             "2 heads of 256, float32, INT8 cache": ("kv-engine-2_heads_of_256-float32", ("--input-len", "70")),
              "2 heads of 256, float32": ("engine-2_heads_of_256-float32", ("--input-len", "70"))}
     kernels = ["--kernel-name=kernel_substring=trtvlm_"]
     version = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.strip().split("\n")[-1]
@@ -310,8 +334,22 @@ def real_checks(work):
         need(done.returncode == 0, last_lines(done.stderr))
         return json.loads(done.stdout)
 
+    # What a cache of INT8 gives where the caches weigh: 8 requests of 2048 tokens have 8.6 GB of float16 rows, beside 13.2
+    # GB of weights.
+    long = ("--max-batch-size", "8", "--max-input-len", "2048", "--max-output-len", "128")
+
+    def long_bench(kept):
+        directory = work / f"engines-7b-long-{kept}"
+        built = build(checkpoint, directory, "--dtype", "float16", "--kv-cache", kept, *long, target="tensorrt", timeout=560)
+        done = run("bench", directory, "--batch", "1,8", "--input-len", "2048", "--json")
+        shutil.rmtree(directory)
+        need(done.returncode == 0, last_lines(done.stderr))
+        return {"engines": built["engines"], **json.loads(done.stdout)}
+
     checks = {"LLaVA-1.5-7B shape: synth": synth, "LLaVA-1.5-7B shape: build float16": builds,
-              "LLaVA-1.5-7B shape: bench": bench, "LLaVA-1.5-7B shape: transformers": peer}
+              "LLaVA-1.5-7B shape: bench": bench, "LLaVA-1.5-7B shape: transformers": peer,
+              "LLaVA-1.5-7B shape, 8 x 2048 tokens": lambda: long_bench("auto"),
+              "LLaVA-1.5-7B shape, 8 x 2048 tokens, INT8 cache": lambda: long_bench("int8")}
     if (work / "smollm2-float16-none").exists():
         checks["SmolLM2-135M float16: bench"] = smol_bench
     return checks

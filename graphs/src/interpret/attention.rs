@@ -2,7 +2,7 @@
 use super::Slot;
 use super::array::Array;
 use super::matmul::multiply;
-use crate::{Attention, Mask, RelativeBias, WindowBias};
+use crate::{Attention, Mask, RelativeBias, WindowBias, int8_row};
 use rayon::prelude::*;
 
 type Result<T> = std::result::Result<T, String>;
@@ -98,7 +98,7 @@ pub(super) fn cached(
     }
     let mut q = by_head(query, heads, dim)?;
     let mut k = by_head(inputs[1], kv_heads, dim)?;
-    let v = by_head(inputs[2], kv_heads, dim)?;
+    let mut v = by_head(inputs[2], kv_heads, dim)?;
     // The sequence lengths, the last input, only spare a kernel work: each query's own mask already ends at its row.
     let past = match inputs[3..] {
         [positions, past, _] => {
@@ -112,6 +112,11 @@ pub(super) fn cached(
     let past: Vec<usize> = past.ints()?.iter().map(|&length| usize::try_from(length).unwrap_or(usize::MAX)).collect();
     if let Some(length) = past.iter().find(|&&length| length.saturating_add(tokens) > rows) {
         return Err(format!("the cache of {rows} rows holds {length} tokens, {tokens} more do not fit"));
+    }
+    if attention.int8_cache {
+        for rows in [&mut k, &mut v] {
+            rows.par_chunks_exact_mut(dim).for_each(int8_row::round);
+        }
     }
     for (request, &length) in past.iter().enumerate() {
         for head in request * kv_heads..(request + 1) * kv_heads {

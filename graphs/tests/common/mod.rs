@@ -65,7 +65,11 @@ impl Fixture {
 
     /// The networks with their weights.
     pub(crate) fn interpreters(&self, logits: Logits) -> Vec<Interpreter> {
-        let networks = self.networks(logits);
+        self.interpreters_of(self.networks(logits))
+    }
+
+    /// The same of networks that passes have changed.
+    pub(crate) fn interpreters_of(&self, networks: Vec<Network>) -> Vec<Interpreter> {
         let coverage = &self.coverage(&networks);
         let mut tensors = BTreeMap::new();
         for (prefix, bytes) in &self.files {

@@ -5,7 +5,7 @@ mod plain;
 mod plugin;
 
 use super::{LowerError, Lowering};
-use graphs::{Attention, Node};
+use graphs::{Attention, Cache, Node};
 use tensorrt_sys as trt;
 
 type Value<'n> = Result<trt::Tensor<'n>, LowerError>;
@@ -17,17 +17,22 @@ pub(crate) fn cache_names(kind: &str, slot: usize) -> [String; 2] {
 
 impl<'n> Lowering<'_, 'n, '_> {
     pub(super) fn attention(&mut self, node: &Node, attention: &Attention) -> Value<'n> {
-        match (self.capabilities.native_attention, attention.cache) {
+        if attention.int8_cache && !self.capabilities.int8_cache {
+            let reason = "its cache is INT8, which this kind of engine has no layer for".to_owned();
+            return Err(LowerError::Unsupported { path: node.path.clone(), reason });
+        }
+        match (self.capabilities.native_attention, attention.kept()) {
             (true, _) => self.native_attention(node, attention),
-            (false, Some(slot)) => self.plugin_attention(node, attention, slot),
+            (false, Some(cache)) => self.plugin_attention(node, attention, cache),
             (false, None) => self.plain_attention(node, attention),
         }
     }
 
-    /// A cache as an input of the network: `[batch, kv_heads, rows, head_dim]`.
-    fn cache_input(&self, node: &Node, attention: &Attention, name: &str) -> Value<'n> {
-        let sizes = [-1, attention.kv_heads as i64, self.sizes.max_seq_len as i64, attention.head_dim as i64];
-        self.target.input(name, super::data_type(self.network.dtype), &sizes).map_err(Self::refused(node))
+    /// A cache as an input of the network: `[batch, kv_heads, rows, row_elements]`.
+    fn cache_input(&self, node: &Node, cache: &Cache, name: &str) -> Value<'n> {
+        let sizes = [-1, cache.kv_heads as i64, self.sizes.max_seq_len as i64, cache.row_elements() as i64];
+        let dtype = super::data_type(cache.dtype(self.network.dtype));
+        self.target.input(name, dtype, &sizes).map_err(Self::refused(node))
     }
 
     /// `[batch, tokens, heads * dim]` to `[batch, heads, tokens, dim]`.

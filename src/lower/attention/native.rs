@@ -1,7 +1,7 @@
 //! Attention by TensorRT-RTX's native layers: rotary embedding, cache update in place, fused attention.
 use super::{Value, cache_names};
 use crate::lower::{Lowering, data_type};
-use graphs::{Attention, Mask, Node, Rope};
+use graphs::{Attention, Cache, Mask, Node, Rope};
 use tensorrt_sys as trt;
 use trt::{AttentionOptions, CausalMaskKind, ElementWiseOperation};
 
@@ -22,10 +22,10 @@ impl<'n> Lowering<'_, 'n, '_> {
         let scale = self.number(&name("scale"), attention.scale, self.network.dtype, 4)?;
         query = self.target.elementwise(&name("scaled"), query, scale, ElementWiseOperation::Prod).map_err(refused())?;
         let mut options = AttentionOptions { causal: CausalMaskKind::None, mask: None, key_value_lengths: None };
-        match (attention.cache, &node.inputs[3 + usize::from(attention.rope.is_some())..]) {
-            (Some(slot), &[past, sequence]) => {
+        match (attention.kept(), &node.inputs[3 + usize::from(attention.rope.is_some())..]) {
+            (Some(cache), &[past, sequence]) => {
                 let past = self.value(past);
-                let update = |kind, tensor| self.update_cache(node, attention, kind, slot, tensor, past);
+                let update = |kind, tensor| self.update_cache(node, &cache, kind, tensor, past);
                 (key, value) = (update("key", key)?, update("value", value)?);
                 options.key_value_lengths = Some(self.value(sequence));
                 if attention.mask == Mask::Causal {
@@ -75,15 +75,14 @@ impl<'n> Lowering<'_, 'n, '_> {
     fn update_cache(
         &self,
         node: &Node,
-        attention: &Attention,
+        cache: &Cache,
         kind: &str,
-        slot: usize,
         update: trt::Tensor<'n>,
         past: trt::Tensor<'n>,
     ) -> Value<'n> {
-        let [input, output] = cache_names(kind, slot);
+        let [input, output] = cache_names(kind, cache.slot);
         let refused = || Self::refused(node);
-        let cache = self.cache_input(node, attention, &input)?;
+        let cache = self.cache_input(node, cache, &input)?;
         let name = format!("{}/{kind}/cached", node.path);
         let present = self.target.kv_cache_update(&name, cache, update, past).map_err(refused())?;
         self.target.mark_output(&output, present).map_err(refused())?;

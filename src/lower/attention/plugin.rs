@@ -3,11 +3,11 @@ use super::mask::by_distance;
 use super::{Value, cache_names};
 use crate::lower::{LowerError, Lowering};
 use crate::plugins::{AttentionPlugin, AttentionShape, LARGEST_HEAD};
-use graphs::{Attention, Mask, Node, RelativeBias, Rope};
+use graphs::{Attention, Cache, Mask, Node, RelativeBias, Rope};
 use tensorrt_sys as trt;
 
 impl<'n> Lowering<'_, 'n, '_> {
-    pub(super) fn plugin_attention(&mut self, node: &Node, attention: &Attention, slot: usize) -> Value<'n> {
+    pub(super) fn plugin_attention(&mut self, node: &Node, attention: &Attention, cache: Cache) -> Value<'n> {
         let refused = || Self::refused(node);
         let unsupported = |reason: &str| LowerError::Unsupported { path: node.path.clone(), reason: reason.to_owned() };
         let Attention { heads, kv_heads, head_dim, scale, .. } = *attention;
@@ -27,13 +27,14 @@ impl<'n> Lowering<'_, 'n, '_> {
             rotary: attention.rope.is_some(),
             causal: attention.mask == Mask::Causal,
             bias: attention.relative_bias.is_some(),
+            int8_cache: attention.int8_cache,
         };
         let plugin = AttentionPlugin::new(shape, self.compiler(node)?)?;
-        let [past_key, present_key] = cache_names("key", slot);
-        let [past_value, present_value] = cache_names("value", slot);
+        let [past_key, present_key] = cache_names("key", cache.slot);
+        let [past_value, present_value] = cache_names("value", cache.slot);
         let mut inputs: Vec<_> = node.inputs[..3].iter().map(|id| self.value(*id)).collect();
-        inputs.push(self.cache_input(node, attention, &past_key)?);
-        inputs.push(self.cache_input(node, attention, &past_value)?);
+        inputs.push(self.cache_input(node, &cache, &past_key)?);
+        inputs.push(self.cache_input(node, &cache, &past_value)?);
         let [lengths @ .., past, sequence] = &node.inputs[3..] else {
             return Err(unsupported("its lengths are missing"));
         };
