@@ -125,6 +125,9 @@ pub struct ModelOptions {
     /// Ranks of tensor parallelism: the language part is divided among so many engines
     #[arg(long, default_value_t = 1)]
     pub tp: usize,
+    /// What ranks have of the table of words: a part each, or all of it (TensorRT-LLM's own default)
+    #[arg(long, value_enum, default_value = "vocab")]
+    pub embedding_sharding: EmbeddingSharding,
     /// Requests in one call
     #[arg(long, default_value_t = 1)]
     pub max_batch_size: usize,
@@ -137,6 +140,24 @@ pub struct ModelOptions {
     /// Picture features in one call [default: requests x features of a picture]
     #[arg(long)]
     pub max_multimodal_len: Option<usize>,
+}
+
+/// How the table of words is divided among the ranks of tensor parallelism.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EmbeddingSharding {
+    /// By words
+    Vocab,
+    /// Not at all
+    None,
+}
+
+impl EmbeddingSharding {
+    pub fn name(self) -> &'static str {
+        match self {
+            EmbeddingSharding::Vocab => "vocab",
+            EmbeddingSharding::None => "none",
+        }
+    }
 }
 
 #[derive(Debug, Args)]

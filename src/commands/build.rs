@@ -3,7 +3,7 @@ use crate::assemble::{Assembly, EngineTarget, Event, assemble};
 use crate::backend::{self, Kind};
 use crate::builder::{BuildEvent, LocalSpec, Supervisor};
 use crate::checkpoint::{Checkpoint, Download, HubSettings, Options};
-use crate::cli::{BuildArgs, ModelOptions, Target};
+use crate::cli::{BuildArgs, EmbeddingSharding, ModelOptions, Target};
 use crate::compile::{Compiled, Request, compile};
 use crate::engine_dir::{Manifest, SizeRequest};
 use crate::failure::{Exit, Failure};
@@ -25,6 +25,7 @@ pub(super) fn request(options: &ModelOptions) -> Request {
         vision_quant: options.vision_quant.clone(),
         calibration: options.calibration.clone(),
         tp: options.tp,
+        divide_embedding: options.embedding_sharding == EmbeddingSharding::Vocab,
         sizes: SizeRequest {
             max_batch_size: options.max_batch_size,
             max_input_len: options.max_input_len,
@@ -236,6 +237,9 @@ fn command(args: &BuildArgs) -> String {
         if let Some(size) = size {
             text += &format!(" {flag} {size}");
         }
+    }
+    if options.tp > 1 {
+        text += &format!(" --tp {} --embedding-sharding {}", options.tp, options.embedding_sharding.name());
     }
     if let Some(level) = args.optimization_level {
         text += &format!(" --optimization-level {level}");

@@ -1,7 +1,7 @@
 //! `demo`: the main job on a machine without a GPU: build, then answer about a picture.
 use super::build::build;
 use super::{backend as backend_command, run as run_command};
-use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, ModelOptions, Target};
+use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, EmbeddingSharding, ModelOptions, Target};
 use crate::engine_dir::{EngineDirectory, Manifest};
 use crate::failure::{Exit, Failure};
 use crate::processor::Picture;
@@ -98,6 +98,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
             vision_quant: "none".to_owned(),
             calibration: None,
             tp: 1,
+            embedding_sharding: EmbeddingSharding::Vocab,
             max_batch_size: 1,
             max_input_len: None,
             max_output_len: None,

@@ -35,6 +35,7 @@ fn request(model: &str, dtype: Option<graphs::DType>, calibration: Option<&PathB
         vision_quant: UNQUANTIZED.to_owned(),
         calibration: calibration.cloned(),
         tp: 1,
+        divide_embedding: true,
         sizes: SizeRequest { max_batch_size: 1, ..SizeRequest::default() },
         logits: Logits::All,
         dump: None,
