@@ -170,6 +170,10 @@ pub struct BuildArgs {
     /// Seconds that one engine may take
     #[arg(long)]
     pub timeout: Option<u64>,
+    /// Engines built side by side, each in its own process with its own memory (`plan --jobs` states it). TensorRT 10
+    /// measures on the GPU while it builds, which others there disturb
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = jobs)]
+    pub jobs: usize,
     /// How much TensorRT tries for faster engines, 0 (builds fastest) to 5 [default: TensorRT's own, 3]
     #[arg(long, value_name = "LEVEL", value_parser = clap::value_parser!(i32).range(0..=5))]
     pub optimization_level: Option<i32>,
@@ -185,6 +189,9 @@ pub struct BuildArgs {
 pub struct PlanArgs {
     #[command(flatten)]
     pub options: ModelOptions,
+    /// As `build` takes it, for the memory that it needs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = jobs)]
+    pub jobs: usize,
 }
 
 #[derive(Debug, Args)]
@@ -442,6 +449,11 @@ fn gpu(text: &str) -> Result<u32, String> {
         let names: Vec<String> = GPUS.iter().map(|gpu| format!("sm{gpu}")).collect();
         format!("wanted one of {}", names.join(", "))
     })
+}
+
+fn jobs(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| (1..=1024).contains(number));
+    number.ok_or_else(|| "wanted a number from 1 to 1024".into())
 }
 
 /// Parses, dispatches, reports. Never panics on what a user gives; a panic all the same is our fault and says so.

@@ -66,7 +66,7 @@ fn demonstrate(
     let mut answers = Vec::new();
     for quant in ["none", "int4"] {
         let directory = output.join(quant);
-        let (manifest, _) = build(&arguments(model, quant, &directory), printer)?;
+        let manifest = build(&arguments(model, quant, &directory), printer)?.manifest;
         let mut session = run_command::open(&EngineDirectory::open(&directory)?, Some(Target::Reference))?;
         let prompt = if question.is_empty() { "What is shown?" } else { question };
         let ask = Ask { prompt, pictures: std::slice::from_ref(picture) };
@@ -106,6 +106,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
         },
         output: output.to_path_buf(),
         timeout: None,
+        jobs: 1,
         optimization_level: None,
         dump: None,
         mark: Vec::new(),

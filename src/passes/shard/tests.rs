@@ -84,6 +84,17 @@ fn counts(network: &Network, parts: &[Network]) -> Vec<(String, Vec<usize>)> {
     of(network).into_iter().enumerate().map(count).collect()
 }
 
+/// The row of the whole table that a network gives for a word, if it has it.
+fn row(network: &Network, word: usize) -> Option<usize> {
+    network.nodes.iter().find_map(|node| match &node.op {
+        Op::Embed { weight: Weight::Slice { start, end, .. }, own: Some(own), .. } => {
+            own.row_of(word).map(|row| row + start).filter(|row| row < end)
+        }
+        Op::Embed { own: None, .. } => Some(word),
+        _ => None,
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -93,6 +104,10 @@ proptest! {
     fn every_weight_is_somewhere(ranks in prop::sample::select(vec![1usize, 2, 4, 8]), kv in prop::sample::select(vec![1usize, 2, 4, 8]), vocab in 64usize..500) {
         let whole = network(json!({ "num_key_value_heads": kv, "vocab_size": vocab }));
         let parts: Vec<Network> = (0..ranks).map(|rank| divided(whole.clone(), "none", rank, ranks).unwrap()).collect();
+        for word in 0..vocab {
+            let rows = parts.iter().filter_map(|part| row(part, word)).collect::<Vec<_>>();
+            prop_assert_eq!(rows, [word]);
+        }
         for (path, counts) in counts(&whole, &parts) {
             let shared = if path.ends_with("k_proj") || path.ends_with("v_proj") { (ranks / kv).max(1) } else { 1 };
             if path == "lm_head" && ranks > 1 {
