@@ -41,10 +41,11 @@ impl Format {
 /// The size of the groups in inputs `start..end` of a matrix in groups of `group`: whole groups, or a part of one; `None` where
 /// groups are cut otherwise.
 pub fn group_of_part(start: usize, end: usize, group: usize) -> Option<usize> {
-    let (group, last) = (group.max(1), end.checked_sub(1).filter(|last| *last >= start)?);
+    let group = group.max(1);
     if start.is_multiple_of(group) && end.is_multiple_of(group) {
         return Some(group);
     }
+    let last = end.checked_sub(1).filter(|last| *last >= start)?;
     (start / group == last / group).then_some(end - start)
 }
 

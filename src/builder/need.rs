@@ -15,7 +15,7 @@ pub struct Need {
 /// TensorRT-RTX: own memory as a multiple of the bytes of plain, INT8 and INT4 weights.
 const RTX: [f64; 3] = [1.75, 1.85, 3.0];
 /// What the library takes for itself, and its code and ours that is in memory.
-const RTX_LIBRARY: f64 = 130e6;
+const RTX_LIBRARY: f64 = 250e6;
 const RTX_CODE: f64 = 400e6;
 /// A multiple of the biases that it works out for windows with walls: at most so much in builds of nougat-base's shape.
 const RTX_BIASES: f64 = 6.5;
