@@ -132,7 +132,7 @@ fn plans(root: &Path) {
         let start = Instant::now();
         let report = trtvlm(&["plan", checkpoint.to_str().unwrap(), "--quant", quant, "--json", "-q"]);
         let milliseconds = start.elapsed().as_secs_f64() * 1e3;
-        let memory = report["networks"][1]["rtx_build_memory_bytes"].as_f64().unwrap() / 1073741824.0;
+        let memory = report["networks"][1]["build_memory_bytes"].as_f64().unwrap() / 1073741824.0;
         println!("{quant:<14} {milliseconds:>8.0} ms, language engine builds in about {memory:.1} GiB of own memory");
     }
 }

@@ -1,5 +1,5 @@
 //! A directory from compiled networks: weights, engines, processor files, manifest.
-use crate::builder::{BuildEvent, BuildFailure, BuiltEngine, ConstantPlace, EngineSpec, LocalSpec, Supervisor};
+use crate::builder::{BuildEvent, BuildFailure, BuiltEngine, ConstantPlace, Crew, EngineSpec, LocalSpec, Supervisor};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::compile::Compiled;
 use crate::engine_dir::manifest::{self, Manifest, TargetEntry};
@@ -61,6 +61,8 @@ pub struct Assembly<'a> {
     pub reference: bool,
     pub engines: Option<EngineTarget>,
     pub supervisor: Supervisor<'a>,
+    /// Engines built at once.
+    pub jobs: usize,
     /// The model as it was named.
     pub model: String,
     /// The command that builds the directory again.
@@ -82,6 +84,8 @@ pub enum Event<'e> {
         event: BuildEvent<'e>,
     },
     Built {
+        /// Place among the networks that were compiled; side by side they end in another order.
+        number: usize,
         network: &'e str,
         engine: &'e BuiltEngine,
     },
@@ -97,27 +101,45 @@ pub fn assemble(
     events: &mut dyn FnMut(Event<'_>),
 ) -> Result<Manifest, AssembleError> {
     let mut staging = Staging::start(assembly.output, |path| events(Event::Waiting(path)))?;
-    let mut built = None;
-    for passed in &compiled.networks {
-        let network = &passed.network;
-        let config = EngineConfig::new(
-            &compiled.source.model,
-            compiled.dtype,
-            compiled.quantization_config(),
-            compiled.tp,
-            compiled.sizes,
-        );
-        let text = serde_json::to_string_pretty(&config)?;
-        staging.write(&format!("{}/config.json", network.name), format!("{text}\n").as_bytes())?;
-        let places = store(compiled, passed, assembly, &mut staging, events)?;
-        // What the engine computes; the reference interprets it, `bench` counts its work.
-        staging.write(&file_of(&network.name, passed.rank, NETWORK), graphs::print(network).as_bytes())?;
-        if let Some(target) = &assembly.engines {
-            let engine = build(compiled, passed, target, &assembly.supervisor, places, &mut staging, events)?;
-            events(Event::Built { network: &passed.label(), engine: &engine });
+    let mut config = EngineConfig::new(
+        &compiled.source.model,
+        compiled.dtype,
+        compiled.quantization_config(),
+        compiled.tp,
+        compiled.sizes,
+    );
+    config.pretrained_config.rest.extend([
+        ("use_parallel_embedding".to_owned(), compiled.divide_embedding.into()),
+        ("embedding_sharding_dim".to_owned(), 0.into()),
+    ]);
+    let config = format!("{}\n", serde_json::to_string_pretty(&config)?);
+    let built = std::thread::scope(|scope| -> Result<Option<BuiltEngine>, AssembleError> {
+        let mut crew = Crew::new(scope, assembly.supervisor, assembly.jobs);
+        let mut built = None;
+        for (number, passed) in compiled.networks.iter().enumerate() {
+            while crew.is_full()
+                && let Some(engine) = next(&mut crew, compiled, &mut staging, events)?
+            {
+                built = Some(engine);
+            }
+            let network = &passed.network;
+            staging.write(&format!("{}/config.json", network.name), config.as_bytes())?;
+            let places = store(compiled, passed, assembly, &mut staging, &mut |event| {
+                crew.listen(&mut |number, event| tell(compiled, number, event, events));
+                events(event);
+            })?;
+            // What the engine computes; the reference interprets it, `bench` counts its work.
+            staging.write(&file_of(&network.name, passed.rank, NETWORK), graphs::print(network).as_bytes())?;
+            if let Some(target) = &assembly.engines {
+                let (spec, work) = spec(compiled, passed, target, places, &staging)?;
+                crew.start(number, spec, work);
+            }
+        }
+        while let Some(engine) = next(&mut crew, compiled, &mut staging, events)? {
             built = Some(engine);
         }
-    }
+        Ok(built)
+    })?;
     staging.discard(WORK)?;
     copy_processor(compiled, &staging)?;
     compiled.source.checkpoints().try_for_each(Checkpoint::unchanged)?;
@@ -155,6 +177,11 @@ pub fn assemble(
 /// Files that only the build itself needs.
 const WORK: &str = ".work";
 
+/// Weights that an engine alone needs, which the checkpoint does not have as they are.
+fn work_weights(passed: &Passed) -> String {
+    format!("{WORK}/{}-{}-{WEIGHTS}", passed.network.name, passed.rank)
+}
+
 /// Path of a network's engine in the directory.
 pub fn engine_name(network: &str, rank: usize) -> String {
     if network == "vision" { format!("{network}/model.engine") } else { format!("{network}/rank{rank}.engine") }
@@ -191,11 +218,7 @@ fn store(
     if stored.is_empty() {
         return Ok(places);
     }
-    let name = if assembly.reference {
-        file_of(&network.name, passed.rank, WEIGHTS)
-    } else {
-        format!("{WORK}/{}-{}-{WEIGHTS}", network.name, passed.rank)
-    };
+    let name = if assembly.reference { file_of(&network.name, passed.rank, WEIGHTS) } else { work_weights(passed) };
     let path = staging.place(&name)?;
     let label = passed.label();
     let mut progress = |done, total| events(Event::Weights { network: &label, done, total });
@@ -215,35 +238,39 @@ fn store(
     Ok(places)
 }
 
-/// Where a plain weight lies in the checkpoint, if it is there in the network's own type and at a place that suits
-/// TensorRT.
+/// Where a plain weight lies in the checkpoint, whole or some of its rows, if it is there in the network's own type and at a
+/// place that suits TensorRT.
 fn mapped(compiled: &Compiled, weight: &Weight) -> Option<ConstantPlace> {
-    let Weight::Tensor { name, .. } = weight else { return None };
-    let (_, entry) = compiled.source.tensor(name)?;
-    let file = compiled.source.file_of(name)?;
-    let aligned = entry.offset.is_multiple_of(8);
-    (entry.dtype == compiled.dtype && aligned).then(|| ConstantPlace {
-        file: file.to_path_buf(),
-        offset: entry.offset,
-        bytes: entry.bytes,
-        dtype: entry.dtype,
-        shape: entry.shape.clone(),
-    })
+    match weight {
+        Weight::Tensor { name, .. } => {
+            let (_, entry) = compiled.source.tensor(name)?;
+            let (file, offset) = (compiled.source.file_of(name)?.to_path_buf(), entry.offset);
+            let place =
+                ConstantPlace { file, offset, bytes: entry.bytes, dtype: entry.dtype, shape: entry.shape.clone() };
+            (entry.dtype == compiled.dtype && offset.is_multiple_of(8)).then_some(place)
+        }
+        Weight::Slice { axis: 0, start, end, of } => {
+            let whole = mapped(compiled, of)?;
+            let row = whole.bytes / (*whole.shape.first()? as u64).max(1);
+            let (offset, bytes) = (whole.offset + *start as u64 * row, (end - start) as u64 * row);
+            offset.is_multiple_of(8).then(|| ConstantPlace { offset, bytes, shape: weight.shape(), ..whole })
+        }
+        _ => None,
+    }
 }
 
-fn build(
+/// What a child is told, and the folder that it works in.
+fn spec(
     compiled: &Compiled,
     passed: &Passed,
     target: &EngineTarget,
-    supervisor: &Supervisor<'_>,
     constants: BTreeMap<String, ConstantPlace>,
-    staging: &mut Staging,
-    events: &mut dyn FnMut(Event<'_>),
-) -> Result<BuiltEngine, AssembleError> {
+    staging: &Staging,
+) -> Result<(EngineSpec, PathBuf), AssembleError> {
     let network = &passed.network;
-    let name = engine_name(&network.name, passed.rank);
     let spec = EngineSpec {
         name: network.name.clone(),
+        label: passed.label(),
         network: staging.place(&file_of(&network.name, passed.rank, NETWORK))?,
         library: target.library.clone(),
         gpus: target.gpus.clone(),
@@ -251,14 +278,33 @@ fn build(
         optimization_level: target.optimization_level,
         sizes: compiled.sizes,
         constants,
-        engine: staging.place(&name)?,
+        engine: staging.place(&engine_name(&network.name, passed.rank))?,
     };
-    let work = staging.folder(&format!("{WORK}/{}-{}", network.name, passed.rank))?;
-    let label = passed.label();
-    let mut forward = |event: BuildEvent<'_>| events(Event::Engine { network: &label, event });
-    let engine = supervisor.build(&spec, &work, &mut forward)?;
+    Ok((spec, staging.folder(&format!("{WORK}/{}-{}", network.name, passed.rank))?))
+}
+
+/// Waits for a child to end and takes its engine over; `None` where none works any more.
+fn next(
+    crew: &mut Crew<'_, '_>,
+    compiled: &Compiled,
+    staging: &mut Staging,
+    events: &mut dyn FnMut(Event<'_>),
+) -> Result<Option<BuiltEngine>, AssembleError> {
+    let ended = crew.next(&mut |number, event| tell(compiled, number, event, events));
+    let Some((number, engine)) = ended else { return Ok(None) };
+    let engine = engine?;
+    let Some(passed) = compiled.networks.get(number) else { return Ok(Some(engine)) };
+    let name = engine_name(&passed.network.name, passed.rank);
     staging.written(&name, FileEntry { bytes: engine.bytes, sha256: engine.sha256.clone() });
-    Ok(engine)
+    // The disk holds the cut weights of no more ranks than are built at once.
+    staging.discard(&work_weights(passed))?;
+    events(Event::Built { number, network: &passed.label(), engine: &engine });
+    Ok(Some(engine))
+}
+
+fn tell(compiled: &Compiled, number: usize, event: BuildEvent<'_>, events: &mut dyn FnMut(Event<'_>)) {
+    let label = compiled.networks.get(number).map(Passed::label).unwrap_or_default();
+    events(Event::Engine { network: &label, event });
 }
 
 /// What a run reads besides the engines.

@@ -134,6 +134,9 @@ pub struct ModelOptions {
     /// Ranks of tensor parallelism: the language part is divided among so many engines
     #[arg(long, default_value_t = 1)]
     pub tp: usize,
+    /// What ranks have of the table of words: a part each, or all of it (TensorRT-LLM's own default)
+    #[arg(long, value_enum, default_value = "vocab")]
+    pub embedding_sharding: EmbeddingSharding,
     /// Requests in one call
     #[arg(long, default_value_t = 1)]
     pub max_batch_size: usize,
@@ -148,6 +151,24 @@ pub struct ModelOptions {
     pub max_multimodal_len: Option<usize>,
 }
 
+/// How the table of words is divided among the ranks of tensor parallelism.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EmbeddingSharding {
+    /// By words
+    Vocab,
+    /// Not at all
+    None,
+}
+
+impl EmbeddingSharding {
+    pub fn name(self) -> &'static str {
+        match self {
+            EmbeddingSharding::Vocab => "vocab",
+            EmbeddingSharding::None => "none",
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct BuildArgs {
     #[command(flatten)]
@@ -158,6 +179,10 @@ pub struct BuildArgs {
     /// Seconds that one engine may take
     #[arg(long)]
     pub timeout: Option<u64>,
+    /// Engines built side by side, each in its own process with its own memory (`plan --jobs` states it). TensorRT 10
+    /// measures on the GPU while it builds, which others there disturb
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = jobs)]
+    pub jobs: usize,
     /// How much TensorRT tries for faster engines, 0 (builds fastest) to 5 [default: TensorRT's own, 3]
     #[arg(long, value_name = "LEVEL", value_parser = clap::value_parser!(i32).range(0..=5))]
     pub optimization_level: Option<i32>,
@@ -173,6 +198,9 @@ pub struct BuildArgs {
 pub struct PlanArgs {
     #[command(flatten)]
     pub options: ModelOptions,
+    /// As `build` takes it, for the memory that it needs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = jobs)]
+    pub jobs: usize,
 }
 
 #[derive(Debug, Args)]
@@ -444,6 +472,11 @@ fn gpu(text: &str) -> Result<u32, String> {
         let names: Vec<String> = GPUS.iter().map(|gpu| format!("sm{gpu}")).collect();
         format!("wanted one of {}", names.join(", "))
     })
+}
+
+fn jobs(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| (1..=1024).contains(number));
+    number.ok_or_else(|| "wanted a number from 1 to 1024".into())
 }
 
 /// Parses, dispatches, reports. Never panics on what a user gives; a panic all the same is our fault and says so.

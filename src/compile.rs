@@ -72,6 +72,8 @@ pub struct Request {
     pub calibration: Option<PathBuf>,
     pub kv_cache: KvCache,
     pub tp: usize,
+    /// Ranks have a part of the table of words each, not all of it.
+    pub divide_embedding: bool,
     pub sizes: SizeRequest,
     pub logits: Logits,
     /// Where the text after each pass is written.
@@ -86,6 +88,8 @@ pub struct Compiled {
     pub sizes: Sizes,
     /// Ranks of tensor parallelism.
     pub tp: usize,
+    /// The table of words is divided among them.
+    pub divide_embedding: bool,
     /// With every rank's part of those that are divided, one after the other.
     pub networks: Vec<Passed>,
     /// Name of the recipe of each sub-network.
@@ -145,6 +149,7 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
                 quantized: &quantized,
                 rank,
                 ranks,
+                divide_embedding: request.divide_embedding,
                 ..passes::Plan::new(recipe)
             };
             let mut found = passes::run(network.clone(), &plan)?;
@@ -163,7 +168,8 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     let wanted = || passed.iter().flat_map(|passed| &passed.wanted);
     let statistics = statistics(request, &source, dtype, wanted())?;
     let vectors = Vectors::new(wanted());
-    Ok(Compiled { source, dtype, sizes, tp: request.tp, networks: passed, quantization, statistics, vectors })
+    let (tp, divide_embedding) = (request.tp, request.tp > 1 && request.divide_embedding);
+    Ok(Compiled { source, dtype, sizes, tp, divide_embedding, networks: passed, quantization, statistics, vectors })
 }
 
 /// The file of statistics where one is needed: of this model, with all that is wanted in it.

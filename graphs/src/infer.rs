@@ -1,5 +1,5 @@
 //! The type of a node from its op and its inputs' types; what the DSL and the verifier both ask.
-use crate::{Attention, DType, Dim, Mask, Op, Type, Weight};
+use crate::{Attention, DType, Dim, Mask, Op, OwnIds, Type, Weight};
 
 /// A reason why an op does not fit its inputs, without the node's path (the caller knows it).
 pub(crate) type Misfit = String;
@@ -42,9 +42,23 @@ pub fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute: DType)
             }
         }
         Op::QuantizeInput { scale, .. } => match scale.as_ref().filter(|scale| scale.count() != 1) {
-            None => first().cloned(),
+            None => match (inputs.get(1), scale) {
+                (Some(most), _) if most.shape.len() != first()?.shape.len() => {
+                    Err(format!("the largest magnitudes are {most} but the input is {}", first()?))
+                }
+                (Some(_), Some(_)) => Err("it has a scale and looks for others".into()),
+                _ => first().cloned(),
+            },
             Some(scale) => Err(format!("scale `{}` is {:?}, wanted one number", scale.key(), scale.shape())),
         },
+        Op::Largest { rank, ranks } => {
+            let mut ty = first()?.clone();
+            match ty.shape.last_mut() {
+                Some(last) if rank < ranks => *last = (*ranks).into(),
+                _ => return Err(format!("there is no place {rank} of {ranks} in {ty}")),
+            }
+            Ok(ty)
+        }
         Op::Binary { .. } => {
             let x = first()?;
             if inputs[1] != x {
@@ -54,9 +68,14 @@ pub fn infer(op: &Op, inputs: &[&Type], declared: Option<&Type>, compute: DType)
         }
         Op::Attention(attention) => infer_attention(attention, inputs),
         Op::Conv { weight, stride } => infer_conv(weight, *stride, first()?),
-        Op::Embed { weight, .. } => {
+        Op::Embed { weight, own, .. } => {
             let ids = first()?;
-            let (_, hidden) = matrix(weight)?;
+            let (rows, hidden) = matrix(weight)?;
+            if let Some(OwnIds { first, end, row }) = own
+                && (end < first || end - first > rows || *row > rows - (end - first))
+            {
+                return Err(format!("the ids {first}..{end} are not in the {rows} rows from {row} on"));
+            }
             let mut shape = ids.shape.clone();
             shape.push(hidden.into());
             Ok(Type::new(compute, shape))
@@ -139,6 +158,7 @@ fn check_count(op: &Op, found: usize) -> Result<(), Misfit> {
         Op::Binary { .. } | Op::LastToken => 2..=2,
         Op::Splice { .. } => 3..=3,
         Op::Concat { .. } => 1..=usize::MAX,
+        Op::QuantizeInput { .. } => 1..=2,
         Op::Attention(attention) => {
             let count = 3 + attention.extra_inputs();
             count..=count

@@ -113,6 +113,8 @@ pub enum Split {
     Row,
     /// By vocabulary entries.
     Vocab,
+    /// Sums of the inputs by groups of consecutive ones: divided where its input is, as that is.
+    Groups,
 }
 
 impl Split {
@@ -224,6 +226,26 @@ impl Attention {
     }
 }
 
+/// Ids `first..end`, the first of which is row `row` of a rank's part of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnIds {
+    pub first: usize,
+    pub end: usize,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub row: usize,
+}
+
+fn is_zero(number: &usize) -> bool {
+    *number == 0
+}
+
+impl OwnIds {
+    /// The row of an id of this rank, else `None`.
+    pub fn row_of(&self, id: usize) -> Option<usize> {
+        (self.first..self.end).contains(&id).then(|| id - self.first + self.row)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Op {
@@ -263,7 +285,8 @@ pub enum Op {
     },
     /// Rounded to INT8 steps, for INT8 arithmetic in the linear layers that read it, and only they: a multiple of the
     /// scale, from -128 to 127 times it. Without a `scale` (one float) each token has its own, its largest magnitude / 127,
-    /// or where `wide` / 127.5, which clips that magnitude itself (compressed-tensors).
+    /// or where `wide` / 127.5, which clips that magnitude itself (compressed-tensors). Of a divided token that magnitude
+    /// is the largest along the last axis of a second input, what the ranks' `Largest` add up to.
     QuantizeInput {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         scale: Option<Weight>,
@@ -280,11 +303,19 @@ pub enum Op {
         weight: Weight,
         stride: usize,
     },
-    /// Rows of a table `[vocab, hidden]`; ids past the table's end take its last row (see `Splice`).
+    /// The largest magnitude of each token, at place `rank` of `ranks` along the last axis, and zeros at the others.
+    Largest {
+        rank: usize,
+        ranks: usize,
+    },
+    /// Rows of a table `[vocab, hidden]`; ids past the table's end take its last row (see `Splice`). One rank's part gives
+    /// the rows of its `own` ids and zeros for others.
     Embed {
         weight: Weight,
         #[serde(default, skip_serializing_if = "Split::is_none")]
         split: Split,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        own: Option<OwnIds>,
     },
     /// Inputs: embedded ids, the ids, the prompt table `[features, hidden]`. Where id >= vocab: table row id - vocab.
     Splice {
@@ -345,6 +376,7 @@ impl Op {
             Op::Scale { .. } => "scale",
             Op::ScaleBy { .. } => "scale_by",
             Op::QuantizeInput { .. } => "quantize_input",
+            Op::Largest { .. } => "largest",
             Op::Binary { .. } => "binary",
             Op::Attention(_) => "attention",
             Op::Conv { .. } => "conv",

@@ -22,7 +22,8 @@ pub use dtype::DType;
 pub use error::GraphError;
 pub use infer::infer;
 pub use ir::{
-    ActivationKind, Attention, Axis, BinaryKind, Cache, Dim, Mask, Network, Node, NodeId, NormKind, Op, Split, Type,
+    ActivationKind, Attention, Axis, BinaryKind, Cache, Dim, Mask, Network, Node, NodeId, NormKind, Op, OwnIds, Split,
+    Type,
 };
 pub use models::{Aspect, DecoderFacts, Entry, Facts, Logits, Model, PictureFacts, Positions, VISION_TOWER};
 pub use names::{Coverage, cover};
@@ -31,5 +32,5 @@ pub use rope::{Rope, RopeScaling};
 pub use scope::{AttentionLayer, CacheInputs, Graph, Heads, Linear, Scope, Tensor};
 pub use text::{parse, print};
 pub use verify::verify;
-pub use weight::{Format, Weight};
+pub use weight::{Format, Weight, group_of_part};
 pub use window::WindowBias;

@@ -149,7 +149,7 @@ impl<'g> Scope<'g> {
     pub fn embed(&self, name: &str, vocab: usize, hidden: usize, ids: Tensor<'g>) -> Tensor<'g> {
         let path = self.name(name);
         let weight = Weight::tensor(format!("{path}.weight"), &[vocab, hidden]);
-        self.graph.push(path, Op::Embed { weight, split: Split::Vocab }, &[ids], None)
+        self.graph.push(path, Op::Embed { weight, split: Split::Vocab, own: None }, &[ids], None)
     }
 
     /// Rows of `NAME.weight` `[offset + count, hidden]` by position: the first `offset` rows are no position's.
@@ -164,7 +164,7 @@ impl<'g> Scope<'g> {
         let path = self.name(name);
         let table = Weight::tensor(format!("{path}.weight"), &[offset + count, hidden]);
         let weight = Weight::Slice { axis: 0, start: offset, end: offset + count, of: Box::new(table) };
-        self.graph.push(path, Op::Embed { weight, split: Split::None }, &[position_ids], None)
+        self.graph.push(path, Op::Embed { weight, split: Split::None, own: None }, &[position_ids], None)
     }
 
     /// A convolution over patches: `NAME.weight` `[out, in, patch, patch]`, stride `patch`, no padding, no bias.

@@ -38,6 +38,17 @@ impl Format {
     }
 }
 
+/// The size of the groups in inputs `start..end` of a matrix in groups of `group`: whole groups, or a part of one; `None` where
+/// groups are cut otherwise.
+pub fn group_of_part(start: usize, end: usize, group: usize) -> Option<usize> {
+    let group = group.max(1);
+    if start.is_multiple_of(group) && end.is_multiple_of(group) {
+        return Some(group);
+    }
+    let last = end.checked_sub(1).filter(|last| *last >= start)?;
+    (start / group == last / group).then_some(end - start)
+}
+
 impl std::fmt::Display for Format {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -111,12 +122,18 @@ impl Weight {
         Weight::Packed { format, scales: None, of: Box::new(self) }
     }
 
-    /// The format of a quantized weight, found below slices; `None` for a plain one.
+    /// The format of a quantized weight, found below slices, which may leave a part of a group; `None` for a plain one.
     pub fn format(&self) -> Option<Format> {
         match self {
             Weight::Tensor { .. } => None,
             Weight::Packed { format, .. } => Some(*format),
-            Weight::Slice { of, .. } | Weight::Scaled { of, .. } => of.format(),
+            Weight::Scaled { of, .. } => of.format(),
+            Weight::Slice { axis, start, end, of } => match (of.format()?, axis) {
+                (Format::Int4 { group }, 1) => {
+                    Some(Format::Int4 { group: group_of_part(*start, *end, group).unwrap_or(group) })
+                }
+                (format, _) => Some(format),
+            },
             Weight::Concat { parts, .. } => parts.first().and_then(Weight::format),
         }
     }

@@ -1,7 +1,7 @@
 //! Everything about a weight expression that headers decide: whether it can be stored, and in which type and shape.
 use crate::plain::Plain;
 use crate::{QuantError, Source};
-use graphs::{DType, Format, Weight};
+use graphs::{DType, Format, Weight, group_of_part};
 
 /// Type and shape of a stored weight, and the shape of its scales.
 pub(crate) type StoredShapes = (DType, Vec<usize>, Option<Vec<usize>>);
@@ -35,15 +35,18 @@ fn quantized(weight: &Weight, source: &dyn Source, compute: DType) -> Result<Opt
         Weight::Slice { axis, start, end, of } => {
             let Some((format, mut shape)) = quantized(of, source, compute)? else { return Ok(None) };
             within(weight, *axis, *start, *end, &shape)?;
-            let step = match (axis, format) {
-                (0, _) => 8 / format.dtype().bits(),
-                (_, Format::Int8) => 1,
-                (_, Format::Int4 { group }) => group,
+            let whole = |step| start.is_multiple_of(step) && end.is_multiple_of(step);
+            let (step, cut) = match (axis, format) {
+                (0, _) => (8 / format.dtype().bits(), whole(8 / format.dtype().bits()).then_some(format)),
+                (_, Format::Int8) => (1, Some(format)),
+                (_, Format::Int4 { group }) => {
+                    (group, group_of_part(*start, *end, group).map(|group| Format::Int4 { group }))
+                }
             };
-            if !start.is_multiple_of(step) || !end.is_multiple_of(step) {
+            let Some(format) = cut else {
                 let (axis, start, end) = (*axis, *start, *end);
                 return Err(QuantError::SliceStep { weight: weight.key(), axis, start, end, step });
-            }
+            };
             shape[*axis] = end - start;
             Ok(Some((format, shape)))
         }

@@ -2,7 +2,7 @@
 //! are the same for any number of threads.
 use crate::plain::Plain;
 use crate::{Pool, QuantError, Source, check, convert, matrix, pack};
-use graphs::{DType, Format, Weight};
+use graphs::{DType, Format, Weight, group_of_part};
 use rayon::prelude::*;
 
 /// A weight as it is stored: plain weights in their logical shape, quantized matrices as `[in, out]` with a scale.
@@ -66,7 +66,8 @@ pub fn materialize_f32(weight: &Weight, source: &dyn Source, compute: DType) -> 
     Ok(materialize(weight, source, compute)?.to_f32())
 }
 
-/// A slice of a quantized matrix as the quantized matrix of a slice, where both are the same: where no scale is cut.
+/// A slice of a quantized matrix as the quantized matrix of a slice, where both are the same: where no scale is cut, or
+/// scales are given.
 fn narrowed(axis: usize, start: usize, end: usize, of: &Weight) -> Option<Weight> {
     let Weight::Packed { format, scales, of } = of else { return None };
     let cut = |axis, start, end, of: &Weight| Box::new(Weight::Slice { axis, start, end, of: Box::new(of.clone()) });
@@ -74,12 +75,17 @@ fn narrowed(axis: usize, start: usize, end: usize, of: &Weight) -> Option<Weight
         (0, Format::Int8) => cut(0, start, end, scales),
         (0, Format::Int4 { .. }) => cut(1, start, end, scales),
         (_, Format::Int8) => Box::new(scales.clone()),
-        (_, Format::Int4 { group }) => cut(0, start / group, end / group, scales),
+        (_, Format::Int4 { group }) => cut(0, start / group, end.div_ceil(group), scales),
     });
-    if axis == 1 && *format == Format::Int8 {
-        return None;
-    }
-    Some(Weight::Packed { format: *format, scales, of: cut(axis, start, end, of) })
+    let format = match (axis, *format) {
+        (1, Format::Int8) if scales.is_none() => return None,
+        (1, Format::Int4 { group }) => match group_of_part(start, end, group)? {
+            part if part != group && scales.is_none() => return None,
+            group => Format::Int4 { group },
+        },
+        (_, format) => format,
+    };
+    Some(Weight::Packed { format, scales, of: cut(axis, start, end, of) })
 }
 
 fn quantize(weight: &Weight, source: &dyn Source, compute: DType, pool: &Pool) -> Result<Stored, QuantError> {

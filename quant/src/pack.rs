@@ -60,7 +60,7 @@ pub(crate) fn slice(
         (0, _) => (columns(whole, *out, start, end), columns(scale, *out, start, end)),
         (_, [groups, _]) => {
             let group = (input / (*groups).max(1)).max(1);
-            (rows(whole, *out, start, end), rows(scale, *out, start / group, end / group))
+            (rows(whole, *out, start, end), rows(scale, *out, start / group, end.div_ceil(group)))
         }
         // One row of scales is for all inputs.
         _ => (rows(whole, *out, start, end), Stored::clone(scale)),

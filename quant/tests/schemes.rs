@@ -200,6 +200,20 @@ proptest! {
         prop_assert_eq!(again(0, size), whole);
         prop_assert_eq!(again(cut, size), materialize(&shards[1], &source, case.compute).unwrap());
     }
+
+    /// Ranks that share a group have its scale each.
+    #[test]
+    fn a_part_of_a_group_is_the_wholes(case in cases(), group in 0.0f64..1.0, first in 0.0f64..1.0, last in 0.0f64..1.0) {
+        let (source, _) = case.source();
+        let size = case.group();
+        let start = (group * (case.input / size) as f64) as usize * size + (first * size as f64) as usize;
+        let left = (start / size + 1) * size - start;
+        let end = start + 1 + (last * left as f64) as usize;
+        let part = slice(1, start, end, case.weight());
+        let whole = materialize_f32(&case.weight(), &source, case.compute).unwrap();
+        let wanted: Vec<f32> = whole.chunks(case.input).flat_map(|row| row[start..end].to_vec()).collect();
+        prop_assert_eq!(materialize_f32(&part, &source, case.compute).unwrap(), wanted);
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The child's side: one engine, then the end.
 use super::timings::Timings;
-use super::{ChildMessage, EngineSpec, LocalSpec, MARK};
+use super::{ChildMessage, EngineSpec, LocalSpec, MARK, status_bytes};
 use crate::device::{Device, DeviceError, Gpu};
 use crate::lower::{self, Constants, LowerError};
 use crate::plugins::{self, Compiler};
@@ -98,7 +98,9 @@ fn build(spec: &Path, say: &(dyn Fn(&ChildMessage) + Sync)) -> Result<ChildMessa
     }
     let gpu = local.map(|local| local.gpu);
     let seconds = start.elapsed().as_secs_f64();
-    Ok(ChildMessage::Done { bytes: summary.bytes, sha256: summary.sha256, library: library.name(), gpu, seconds })
+    let (library, peak_resident_bytes) = (library.name(), status_bytes("self", "VmHWM"));
+    let (bytes, sha256) = (summary.bytes, summary.sha256);
+    Ok(ChildMessage::Done { bytes, sha256, library, gpu, seconds, peak_resident_bytes })
 }
 
 /// The GPU at hand and what building for it takes.

@@ -1,9 +1,17 @@
 //! Engines are built in child processes: a crash inside TensorRT becomes an error, and memory is given back.
 mod child;
+mod crew;
+#[cfg(test)]
+mod fake;
+mod memory;
+mod need;
 mod supervise;
 mod timings;
 
 pub use child::build_engine;
+pub use crew::Crew;
+pub use memory::Memory;
+pub use need::{Need, parent};
 pub use supervise::{BuildEvent, BuildFailure, Supervisor};
 
 use crate::device::Gpu;
@@ -16,8 +24,10 @@ use std::path::PathBuf;
 /// Everything a child process needs to build one engine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EngineSpec {
-    /// Name of the sub-network, for messages.
+    /// Name of the sub-network.
     pub name: String,
+    /// The same for messages, with the rank.
+    pub label: String,
     /// The network as text.
     pub network: PathBuf,
     pub library: PathBuf,
@@ -73,6 +83,7 @@ pub enum ChildMessage {
         library: String,
         gpu: Option<Gpu>,
         seconds: f64,
+        peak_resident_bytes: u64,
     },
     Failed {
         message: String,
@@ -92,4 +103,13 @@ pub struct BuiltEngine {
     pub seconds: f64,
     /// The most memory that the child had for itself, without the files that it maps; sampled five times a second.
     pub peak_own_bytes: u64,
+    /// The same with the pages of those files that were in memory, as the system counted it.
+    pub peak_resident_bytes: u64,
+}
+
+/// A line of a process's status in bytes; 0 where there is none, as for a process that is gone.
+pub(crate) fn status_bytes(process: &str, line: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let found = status.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':'));
+    found.and_then(|text| text.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }

@@ -1,5 +1,6 @@
 //! The parent's side: starts a child, follows its messages, keeps its last log lines, and judges how it ended.
-use super::{BuiltEngine, ChildMessage, EngineSpec, MARK};
+use super::memory::Share;
+use super::{BuiltEngine, ChildMessage, EngineSpec, MARK, Memory, status_bytes};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::symlink;
@@ -62,11 +63,14 @@ enum Line {
 }
 
 /// How children are started and watched.
+#[derive(Clone, Copy)]
 pub struct Supervisor<'s> {
     /// This program, or another that understands `build-engine SPEC`.
     pub program: &'s Path,
     pub timeout: Option<Duration>,
-    pub interrupted: &'s dyn Fn() -> bool,
+    pub interrupted: &'s (dyn Fn() -> bool + Sync),
+    /// What children that run side by side have together.
+    pub memory: &'s Memory,
 }
 
 impl Supervisor<'_> {
@@ -106,23 +110,29 @@ impl Supervisor<'_> {
             .spawn()
             .map_err(|source| BuildFailure::Start { program: self.program.into(), source })?;
         let lines = follow(&mut child);
-        let ended = self.attend(&spec.name, child.id(), &lines, events);
+        let mut share = self.memory.share();
+        let ended = self.attend(&spec.label, child.id(), &lines, &mut share, events);
         if ended.is_err() {
             let _ = child.kill();
         }
         let status = child.wait();
-        let Ended { last, log, peak_own_bytes } = ended?;
+        let Ended { last, log } = ended?;
+        let peak_own_bytes = share.most();
         match (last, status) {
-            (Some(ChildMessage::Done { bytes, sha256, library, gpu, seconds }), Ok(status)) if status.success() => {
+            (Some(ChildMessage::Done { bytes, sha256, library, gpu, seconds, peak_resident_bytes }), Ok(status))
+                if status.success() =>
+            {
                 std::fs::rename(work.join(&inner.engine), &spec.engine).map_err(fail)?;
-                Ok(BuiltEngine { bytes, sha256, library, gpu, seconds, peak_own_bytes })
+                Ok(BuiltEngine { bytes, sha256, library, gpu, seconds, peak_own_bytes, peak_resident_bytes })
             }
+            // Ctrl-C on a terminal goes to the child as well, which may be gone first.
+            _ if (self.interrupted)() => Err(BuildFailure::Interrupted),
             (Some(ChildMessage::Failed { message, causes, hint }), _) => {
-                Err(BuildFailure::Refused { name: spec.name.clone(), message, causes, hint })
+                Err(BuildFailure::Refused { name: spec.label.clone(), message, causes, hint })
             }
             (_, status) => {
                 let how = status.map_or_else(|error| format!("was lost: {error}"), describe);
-                Err(BuildFailure::Died { name: spec.name.clone(), how, log: log.into() })
+                Err(BuildFailure::Died { name: spec.label.clone(), how, log: log.into() })
             }
         }
     }
@@ -133,6 +143,7 @@ impl Supervisor<'_> {
         name: &str,
         process: u32,
         lines: &Receiver<Line>,
+        share: &mut Share<'_>,
         events: &mut dyn FnMut(BuildEvent<'_>),
     ) -> Result<Ended, BuildFailure> {
         let start = Instant::now();
@@ -146,7 +157,7 @@ impl Supervisor<'_> {
                 let log = ended.log.into();
                 return Err(BuildFailure::TimedOut { name: name.into(), seconds: limit.as_secs(), log });
             }
-            ended.peak_own_bytes = ended.peak_own_bytes.max(own_bytes(process));
+            share.is_now(status_bytes(&process.to_string(), "RssAnon"));
             match lines.recv_timeout(Duration::from_millis(200)) {
                 Ok(Line::Text(text)) => match text.strip_prefix(MARK).map(serde_json::from_str) {
                     Some(Ok(ChildMessage::Progress { phase, step, steps })) => {
@@ -173,7 +184,6 @@ impl Supervisor<'_> {
 struct Ended {
     last: Option<ChildMessage>,
     log: VecDeque<String>,
-    peak_own_bytes: u64,
 }
 
 const SPEC: &str = "spec.json";
@@ -199,13 +209,6 @@ fn furnish(spec: &EngineSpec, work: &Path) -> std::io::Result<EngineSpec> {
     }
     std::fs::write(work.join(SPEC), serde_json::to_vec(&inner).map_err(std::io::Error::other)?)?;
     Ok(inner)
-}
-
-/// Anonymous memory of a process in bytes; 0 once it is gone.
-fn own_bytes(process: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
-    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
 fn describe(status: ExitStatus) -> String {
@@ -244,38 +247,19 @@ fn follow(child: &mut Child) -> Receiver<Line> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fake::{DONE, Fake};
     use super::*;
-    use crate::engine_dir::SizeRequest;
-    use std::os::unix::fs::PermissionsExt;
 
     /// Runs a shell script in the place of a builder.
     fn run(script: &str, timeout: Option<Duration>) -> Result<BuiltEngine, BuildFailure> {
-        let folder = tempfile::tempdir().unwrap();
-        let program = folder.path().join("builder");
-        std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let config = serde_json::json!({ "model_type": "llama", "max_position_embeddings": 64 });
-        let facts = graphs::Model::from_config(&config).unwrap().facts();
-        let spec = EngineSpec {
-            name: "language".into(),
-            network: "n".into(),
-            library: "l".into(),
-            gpus: vec![89],
-            local: None,
-            optimization_level: None,
-            sizes: SizeRequest { max_batch_size: 1, ..SizeRequest::default() }.resolve(&facts).unwrap(),
-            constants: Default::default(),
-            engine: folder.path().join("model.engine"),
-        };
-        let work = folder.path().join("work");
-        std::fs::create_dir(&work).unwrap();
-        let supervisor = Supervisor { program: &program, timeout, interrupted: &|| false };
+        let fake = Fake::new(script);
+        let (spec, work) = fake.engine("model");
+        let (program, memory) = (fake.program(), Memory::default());
+        let supervisor = Supervisor { program: &program, timeout, interrupted: &|| false, memory: &memory };
         let built = supervisor.build(&spec, &work, &mut |_| {})?;
         assert_eq!(std::fs::read(&spec.engine).unwrap(), b"plan");
         Ok(built)
     }
-
-    const DONE: &str = r#"printf plan > engine; echo '@trtvlm {"done":{"bytes":4,"sha256":"ab","library":"x","gpu":null,"seconds":1.0}}'"#;
 
     #[test]
     fn takes_the_result() {

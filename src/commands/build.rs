@@ -1,9 +1,9 @@
 //! `build`: a checkpoint becomes a directory of engines.
 use crate::assemble::{Assembly, EngineTarget, Event, assemble};
 use crate::backend::{self, Kind};
-use crate::builder::{BuildEvent, LocalSpec, Supervisor};
+use crate::builder::{BuildEvent, LocalSpec, Memory, Supervisor, status_bytes};
 use crate::checkpoint::{Checkpoint, Download, HubSettings, Options};
-use crate::cli::{BuildArgs, ModelOptions, Target};
+use crate::cli::{BuildArgs, EmbeddingSharding, ModelOptions, Target};
 use crate::compile::{Compiled, KvCache, Request, compile};
 use crate::engine_dir::{Manifest, SizeRequest};
 use crate::failure::{Exit, Failure};
@@ -12,6 +12,7 @@ use crate::report::{Printer, Progress, bytes, duration};
 use graphs::Logits;
 use serde_json::{Value, json};
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -28,6 +29,7 @@ pub(super) fn request(options: &ModelOptions) -> Request {
         calibration: options.calibration.clone(),
         kv_cache: options.kv_cache,
         tp: options.tp,
+        divide_embedding: options.embedding_sharding == EmbeddingSharding::Vocab,
         sizes: SizeRequest {
             max_batch_size: options.max_batch_size,
             max_input_len: options.max_input_len,
@@ -75,17 +77,28 @@ fn engine_target(args: &BuildArgs) -> Result<Option<EngineTarget>, Failure> {
 }
 
 pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
-    let (manifest, engines) = build(args, printer)?;
+    let Built { manifest, engines, peak_own_bytes } = build(args, printer)?;
     if printer.is_json() {
         printer.json(&json!({
             "schema": 1, "directory": args.output, "manifest": manifest, "engines": engines,
+            "peak_own_memory_bytes": peak_own_bytes,
+            "parent_peak_memory_bytes": status_bytes("self", "VmHWM"),
         }));
     }
     Ok(())
 }
 
-/// Builds and reports on standard error; what `demo` does too. Gives also what each engine took.
-pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Vec<Value>), Failure> {
+/// A finished directory.
+pub(super) struct Built {
+    pub(super) manifest: Manifest,
+    /// What each engine took.
+    engines: Vec<Value>,
+    /// The most that all children together had for themselves.
+    peak_own_bytes: u64,
+}
+
+/// Builds and reports on standard error; what `demo` does too.
+pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<Built, Failure> {
     let start = Instant::now();
     let options = &args.options;
     check_kv_cache(options)?;
@@ -98,26 +111,30 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Ve
     search(&mut compiled, printer)?;
     let interrupted = on_interrupt()?;
     let program = std::env::current_exe().map_err(|error| Failure::of(Exit::Environment, &error))?;
+    let memory = Memory::default();
     let supervisor = Supervisor {
         program: &program,
         timeout: args.timeout.map(Duration::from_secs),
         interrupted: &|| interrupted.load(Ordering::Relaxed),
+        memory: &memory,
     };
     let assembly = Assembly {
         output: &args.output,
         reference: options.target.contains(&Target::Reference),
         engines,
         supervisor,
+        jobs: args.jobs,
         model: name(&options.model),
         command: command(args),
     };
-    let mut reporter = Reporter { printer, step: None, engines: Vec::new() };
+    let mut reporter = Reporter { printer, step: None, working: BTreeMap::new(), engines: BTreeMap::new() };
     let manifest = assemble(&compiled, &assembly, &mut |event| reporter.see(event))?;
     reporter.end();
     let size: u64 = manifest.files.values().map(|file| file.bytes).sum();
     let text = format!("{} ({}) in {}", args.output.display(), bytes(size), duration(start.elapsed()));
     printer.status("Finished", &text);
-    Ok((manifest, reporter.engines))
+    let engines = reporter.engines.into_values().collect();
+    Ok(Built { manifest, engines, peak_own_bytes: memory.most() })
 }
 
 /// Refuses what a target cannot keep.
@@ -259,6 +276,9 @@ fn command(args: &BuildArgs) -> String {
             text += &format!(" {flag} {size}");
         }
     }
+    if options.tp > 1 {
+        text += &format!(" --tp {} --embedding-sharding {}", options.tp, options.embedding_sharding.name());
+    }
     if let Some(level) = args.optimization_level {
         text += &format!(" --optimization-level {level}");
     }
@@ -277,11 +297,14 @@ fn on_interrupt() -> Result<&'static AtomicBool, Failure> {
     }
 }
 
-/// One bar at a time.
+/// One bar at a time, for all engines that are being built.
 struct Reporter<'p> {
     printer: &'p Printer,
     step: Option<(String, Progress)>,
-    engines: Vec<Value>,
+    /// How far each engine is, in thousandths.
+    working: BTreeMap<String, u64>,
+    /// By number of the network.
+    engines: BTreeMap<usize, Value>,
 }
 
 impl Reporter<'_> {
@@ -316,15 +339,27 @@ impl Reporter<'_> {
                 }
             }
             Event::Engine { network, event: BuildEvent::Progress { step, steps, .. } } => {
-                self.step("Building", &format!("{network} engine")).set(step.into(), steps.into());
+                let done = u64::from(step) * 1000 / u64::from(steps).max(1);
+                self.working.insert(network.to_owned(), done.min(1000));
+                // What is written has the bar while it lasts.
+                if self.step.as_ref().is_none_or(|(key, _)| !key.starts_with("Writing")) {
+                    let names: Vec<&str> = self.working.keys().map(String::as_str).collect();
+                    let plural = if names.len() > 1 { "s" } else { "" };
+                    let text = format!("{} engine{plural}", names.join(", "));
+                    let (done, total) = (self.working.values().sum(), 1000 * self.working.len() as u64);
+                    self.step("Building", &text).set(done, total);
+                }
             }
             Event::Engine { event: BuildEvent::Log(line), .. } => self.printer.note(line),
-            Event::Built { network, engine } => {
+            Event::Built { number, network, engine } => {
                 self.end();
-                self.engines.push(json!({
+                self.working.remove(network);
+                let value = json!({
                     "network": network, "bytes": engine.bytes, "seconds": engine.seconds,
                     "peak_own_memory_bytes": engine.peak_own_bytes,
-                }));
+                    "peak_resident_memory_bytes": engine.peak_resident_bytes,
+                });
+                self.engines.insert(number, value);
                 self.printer.status(
                     "Building",
                     &format!(

@@ -24,6 +24,7 @@ pub fn run(args: &CalibrateArgs, printer: &Printer) -> Result<(), Failure> {
         calibration: None,
         kv_cache: KvCache::Auto,
         tp: 1,
+        divide_embedding: true,
         // Prompts as long as the model takes them.
         sizes: SizeRequest { max_batch_size: 1, max_output_len: Some(1), ..SizeRequest::default() },
         logits: Logits::Last,

@@ -1,7 +1,7 @@
 //! `demo`: the main job on a machine without a GPU: build, then answer about a picture.
 use super::build::build;
 use super::{backend as backend_command, run as run_command};
-use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, ModelOptions, RankArgs, Target};
+use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, EmbeddingSharding, ModelOptions, RankArgs, Target};
 use crate::compile::KvCache;
 use crate::engine_dir::{EngineDirectory, Manifest};
 use crate::failure::{Exit, Failure};
@@ -67,7 +67,7 @@ fn demonstrate(
     let mut answers = Vec::new();
     for quant in ["none", "int4"] {
         let directory = output.join(quant);
-        let (manifest, _) = build(&arguments(model, quant, &directory), printer)?;
+        let manifest = build(&arguments(model, quant, &directory), printer)?.manifest;
         let mut session =
             run_command::open(&EngineDirectory::open(&directory)?, Some(Target::Reference), &RankArgs::default())?;
         let prompt = if question.is_empty() { "What is shown?" } else { question };
@@ -101,6 +101,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
             calibration: None,
             kv_cache: KvCache::Auto,
             tp: 1,
+            embedding_sharding: EmbeddingSharding::Vocab,
             max_batch_size: 1,
             max_input_len: None,
             max_output_len: None,
@@ -108,6 +109,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
         },
         output: output.to_path_buf(),
         timeout: None,
+        jobs: 1,
         optimization_level: None,
         dump: None,
         mark: Vec::new(),

@@ -36,6 +36,7 @@ fn request(model: &str, dtype: Option<graphs::DType>, calibration: Option<&PathB
         calibration: calibration.cloned(),
         kv_cache: KvCache::Auto,
         tp: 1,
+        divide_embedding: true,
         sizes: SizeRequest { max_batch_size: 1, ..SizeRequest::default() },
         logits: Logits::All,
         dump: None,

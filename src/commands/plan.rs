@@ -1,21 +1,15 @@
 //! `plan`: what a build would do, from headers alone.
 use super::build::{check_kv_cache, compile_reported, request};
+use crate::builder::{Need, parent};
 use crate::cli::{PlanArgs, Target};
 use crate::compile::Compiled;
 use crate::failure::Failure;
 use crate::passes::Passed;
 use crate::report::{Printer, bytes, table};
-use graphs::{Attention, Format, Network, Node, Op};
+use graphs::{Format, Weight};
 use quant::Layout;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-
-/// Peak own memory of a TensorRT-RTX build as a multiple of the bytes of its weights, by their format, and what the
-/// library takes for itself. Measured by `benches/build.rs`; a build reports what it really took.
-const OWN_MEMORY: [(&str, f64); 3] = [("plain", 1.75), ("int8", 1.85), ("int4", 3.0)];
-const LIBRARY_BYTES: f64 = 130e6;
-/// The same of the biases that it works out for windows with walls: at most so much in builds of nougat-base's shape.
-const BIAS_MEMORY: f64 = 6.5;
 
 /// One weight: where it comes from and what becomes of it.
 struct Row {
@@ -32,34 +26,47 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
     let mut networks = Vec::new();
     let mut summary = Vec::new();
     let mut lines = Vec::new();
+    let (mut needs, mut largest) = (Vec::new(), 0);
+    let wants = |target| args.options.target.contains(&target);
     for passed in &compiled.networks {
         let rows = rows(&compiled, passed)?;
         let weights: u64 = rows.iter().map(|row| row.bytes).sum();
-        let rtx = args.options.target.contains(&Target::Rtx).then(|| own_memory(&rows, &passed.network));
+        let stored: BTreeMap<&str, u64> = rows.iter().map(|row| (row.path.as_str(), row.bytes)).collect();
+        let stored = |weight: &Weight| stored.get(weight.key().as_str()).copied().unwrap_or(0);
+        let need = match args.options.target {
+            _ if wants(Target::Tensorrt) => Some(Need::tensorrt(&passed.network, &stored)),
+            _ if wants(Target::Rtx) => Some(Need::rtx(&passed.network, &stored)),
+            _ => None,
+        };
+        needs.extend(need);
+        largest = rows.iter().map(|row| row.bytes).fold(largest, u64::max);
         summary.push(vec![
             passed.label(),
             formats(passed),
             rows.len().to_string(),
             bytes(weights),
-            rtx.map_or_else(|| "-".into(), bytes),
+            need.map_or_else(|| "-".into(), |need| bytes(need.own)),
         ]);
-        networks.push(network_json(&compiled, passed, &rows, weights, rtx));
+        networks.push(network_json(&compiled, passed, &rows, weights, need));
         let line = |row: Row| vec![row.path, row.stored, bytes(row.bytes), row.note.unwrap_or_default()];
         lines.extend(rows.into_iter().map(line));
     }
-    let sizes = compiled.sizes;
+    let (sizes, jobs) = (compiled.sizes, args.jobs.min(needs.len().max(1)));
+    let (need, parent) = (Need::side_by_side(needs, jobs), parent(largest));
     if printer.is_json() {
         let ignored = &compiled.source.coverage().ignored;
         printer.json(&json!({
             "schema": 1, "model": args.options.model, "dtype": compiled.dtype, "sizes": sizes,
             "quantization": compiled.quantization, "networks": networks, "ignored": ignored,
+            "jobs": jobs, "peak_own_memory_bytes": need.own, "peak_resident_memory_bytes": need.resident,
+            "parent_memory_bytes": parent,
         }));
         return Ok(());
     }
     if printer.is_verbose() {
         printer.data(&table(&["weight", "stored as", "bytes", "note"], &lines));
     }
-    printer.data(&table(&["network", "formats", "weights", "bytes", "RTX build memory"], &summary));
+    printer.data(&table(&["network", "formats", "weights", "bytes", "build memory"], &summary));
     for (network, name) in compiled.quantization.iter().filter(|(_, name)| *name != "none") {
         printer.data(&format!("{network}: quantization {name}"));
     }
@@ -70,6 +77,12 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
         sizes.max_input_len,
         sizes.max_output_len,
         sizes.max_prompt_embedding_table_size
+    ));
+    let together = if jobs > 1 { format!("; {jobs} engines side by side") } else { String::new() };
+    printer.data(&format!(
+        "building takes at most {} of memory{together}, and {} of pages of weights and code that the system can take back",
+        bytes(need.own + parent),
+        bytes(need.resident - need.own)
     ));
     let notes = compiled.networks.iter().filter(|passed| passed.rank == 0).flat_map(|passed| &passed.assignments);
     let notes = notes.filter(|choice| choice.note.is_some());
@@ -109,25 +122,6 @@ fn rows(compiled: &Compiled, passed: &Passed) -> Result<Vec<Row>, Failure> {
     Ok(rows)
 }
 
-fn own_memory(rows: &[Row], network: &Network) -> u64 {
-    let factor = |row: &Row| {
-        let format = OWN_MEMORY.iter().find(|(format, _)| row.stored.starts_with(format)).unwrap_or(&OWN_MEMORY[0]);
-        row.bytes as f64 * format.1
-    };
-    (LIBRARY_BYTES + rows.iter().map(factor).sum::<f64>() + BIAS_MEMORY * bias_bytes(network)) as u64
-}
-
-/// What TensorRT works out of the biases of windows with walls while it builds.
-fn bias_bytes(network: &Network) -> f64 {
-    let bytes = |node: &Node| match &node.op {
-        Op::Attention(Attention { window_bias: Some(bias), heads, .. }) if bias.has_walls() => {
-            network.dtype.bytes(heads * bias.places() * bias.places()) as f64
-        }
-        _ => 0.0,
-    };
-    network.nodes.iter().map(bytes).sum()
-}
-
 /// `int4_g128 x 224, plain x 1` over the linear layers.
 fn formats(passed: &Passed) -> String {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
@@ -138,7 +132,7 @@ fn formats(passed: &Passed) -> String {
     counts.iter().map(|(name, count)| format!("{name} x {count}")).collect::<Vec<_>>().join(", ")
 }
 
-fn network_json(compiled: &Compiled, passed: &Passed, rows: &[Row], weights: u64, rtx: Option<u64>) -> Value {
+fn network_json(compiled: &Compiled, passed: &Passed, rows: &[Row], weights: u64, need: Option<Need>) -> Value {
     let tensors: Vec<Value> = rows
         .iter()
         .map(|row| {
@@ -154,6 +148,7 @@ fn network_json(compiled: &Compiled, passed: &Passed, rows: &[Row], weights: u64
         .sum();
     json!({
         "name": passed.network.name, "nodes": passed.network.nodes.len(), "weight_bytes": weights,
-        "cache_bytes": cache_bytes, "rtx_build_memory_bytes": rtx, "weights": tensors,
+        "cache_bytes": cache_bytes, "build_memory_bytes": need.map(|need| need.own),
+        "build_resident_memory_bytes": need.map(|need| need.resident), "weights": tensors,
     })
 }

@@ -1,6 +1,6 @@
 //! Layers that TensorRT-RTX and TensorRT 10 spell alike.
 use super::{LowerError, Lowering, data_type};
-use graphs::{ActivationKind, DType, Node, NormKind, Weight};
+use graphs::{ActivationKind, DType, Node, NormKind, OwnIds, Weight};
 use tensorrt_sys as trt;
 use trt::{ActivationType, ElementWiseOperation, ReduceOperation, UnaryOperation};
 
@@ -131,8 +131,11 @@ impl<'n, 'w> Lowering<'_, 'n, 'w> {
             .map_err(Self::refused(node))
     }
 
-    /// Ids past the table's end, which `splice` replaces, take its last row.
-    pub(super) fn embed(&self, node: &Node, weight: &Weight) -> Value<'n> {
+    /// Ids past the table's end, which `splice` replaces, take its last row; those of other ranks zeros.
+    pub(super) fn embed(&self, node: &Node, weight: &Weight, own: Option<&OwnIds>) -> Value<'n> {
+        if let Some(own) = own {
+            return self.embed_own(node, weight, own);
+        }
         let vocab = weight.shape().first().copied().unwrap_or(1);
         let ids = self.value(node.inputs[0]);
         let last = self.integers(&format!("{}/last", node.path), &[vocab as i32 - 1], &vec![1; self.rank(node)])?;
@@ -141,6 +144,29 @@ impl<'n, 'w> Lowering<'_, 'n, 'w> {
         let clamped = clamped.map_err(Self::refused(node))?;
         let table = self.weight(weight, 2)?;
         self.target.gather(&node.path, table, clamped, 0).map_err(Self::refused(node))
+    }
+
+    /// Other ids take any row, in the place of which a zero is selected.
+    fn embed_own(&self, node: &Node, weight: &Weight, own: &OwnIds) -> Value<'n> {
+        let refused = || Self::refused(node);
+        let name = |part: &str| format!("{}/{part}", node.path);
+        let (ids, rank) = (self.value(node.inputs[0]), self.rank(node));
+        let integer = |part: &str, value: i64| self.integers(&name(part), &[value as i32], &vec![1; rank]);
+        let elementwise = |part: &str, a, b, kind| self.target.elementwise(&name(part), a, b, kind).map_err(refused());
+        let (before, end) = (integer("before", own.first as i64 - 1)?, integer("end", own.end as i64)?);
+        let not_before = elementwise("not_before", ids, before, ElementWiseOperation::Greater)?;
+        let not_after = elementwise("not_after", ids, end, ElementWiseOperation::Less)?;
+        let mine = elementwise("own", not_before, not_after, ElementWiseOperation::And)?;
+        let row =
+            elementwise("row", ids, integer("shift", own.first as i64 - own.row as i64)?, ElementWiseOperation::Sub)?;
+        let row = elementwise("row_or_first", row, integer("first", own.row as i64)?, ElementWiseOperation::Max)?;
+        let last = (own.row + own.end).saturating_sub(own.first + 1);
+        let row = elementwise("row_or_last", row, integer("last", last as i64)?, ElementWiseOperation::Min)?;
+        let rows = self.target.gather(&name("rows"), self.weight(weight, 2)?, row, 0).map_err(refused())?;
+        let sizes: Vec<i64> = std::iter::repeat_n(0, rank).chain([1]).collect();
+        let condition = self.target.reshape(&name("condition"), mine, &sizes).map_err(refused())?;
+        let zero = self.number(&name("zero"), 0.0, node.ty.dtype, rank + 1)?;
+        self.target.select(&node.path, condition, rows, zero).map_err(refused())
     }
 
     pub(super) fn splice(&self, node: &Node, vocab: usize) -> Value<'n> {

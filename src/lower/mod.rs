@@ -164,7 +164,7 @@ impl<'n> Lowering<'_, 'n, '_> {
             Op::Attention(attention) => self.attention(node, attention),
             Op::Norm { kind, weight, bias, epsilon } => self.norm(node, *kind, weight, bias.as_ref(), *epsilon),
             Op::Conv { weight, stride } => self.conv(node, weight, *stride),
-            Op::Embed { weight, .. } => self.embed(node, weight),
+            Op::Embed { weight, own, .. } => self.embed(node, weight, own.as_ref()),
             Op::Splice { vocab } => self.splice(node, *vocab),
             Op::Activation { kind } => self.activation(node, *kind),
             Op::BiasAdd { weight } => self.bias_add(node, weight),
@@ -178,6 +178,7 @@ impl<'n> Lowering<'_, 'n, '_> {
                 self.target.elementwise(path, input(0), by, operation).map_err(layer)
             }
             Op::QuantizeInput { scale, wide } => self.quantize_input(node, scale.as_ref(), *wide),
+            Op::Largest { rank, ranks } => self.largest(node, *rank, *ranks),
             Op::Broadcast { weight } => self.broadcast(node, weight),
             Op::Binary { kind } => {
                 let operation = match kind {

@@ -25,15 +25,10 @@ impl<'n> Lowering<'_, 'n, '_> {
                 (x, self.target.constant(&name("scale"), data_type(constant.dtype), &[], constant.bytes)?)
             }
             None => {
-                let magnitudes = self.target.unary(&name("magnitudes"), x, UnaryOperation::Abs).map_err(refused())?;
-                let most = self.target.reduce(&name("most"), magnitudes, ReduceOperation::Max, &[rank - 1]);
+                let of = node.inputs.get(1).map_or(x, |most| self.value(*most));
+                let most = self.magnitudes(node, of);
                 let least = self.number(&name("least"), LEAST, dtype, rank)?;
-                let most = self.target.elementwise(
-                    &name("at_least"),
-                    most.map_err(refused())?,
-                    least,
-                    ElementWiseOperation::Max,
-                );
+                let most = self.target.elementwise(&name("at_least"), most?, least, ElementWiseOperation::Max);
                 let steps = self.number(&name("steps"), if wide { 1.0 / 127.5 } else { 1.0 / 127.0 }, dtype, rank)?;
                 let scales = self.target.elementwise(
                     &name("scales"),
@@ -50,6 +45,27 @@ impl<'n> Lowering<'_, 'n, '_> {
         };
         let quantized = self.target.quantize(&name("quantize"), x, scale).map_err(refused())?;
         self.target.dequantize(&node.path, quantized, scale, None, data_type(dtype)).map_err(refused())
+    }
+
+    /// The largest magnitude of each token, `[..., 1]`.
+    fn magnitudes(&self, node: &Node, x: trt::Tensor<'n>) -> Result<trt::Tensor<'n>, LowerError> {
+        let name = |part: &str| format!("{}/{part}", node.path);
+        let all = self.target.unary(&name("magnitudes"), x, UnaryOperation::Abs).map_err(Self::refused(node))?;
+        let last = [self.rank(node) - 1];
+        self.target.reduce(&name("most"), all, ReduceOperation::Max, &last).map_err(Self::refused(node))
+    }
+
+    /// The same at one rank's place, `[..., ranks]`.
+    pub(super) fn largest(&self, node: &Node, rank: usize, ranks: usize) -> Result<trt::Tensor<'n>, LowerError> {
+        let most = self.magnitudes(node, self.value(node.inputs[0]))?;
+        let places: Vec<f32> = (0..ranks).map(|place| if place == rank { 1.0 } else { 0.0 }).collect();
+        let mut sizes = vec![1; self.rank(node)];
+        if let Some(last) = sizes.last_mut() {
+            *last = ranks as i64;
+        }
+        let (name, dtype) = (format!("{}/place", node.path), node.ty.dtype);
+        let place = self.target.constant(&name, data_type(dtype), &sizes, self.constants.floats(dtype, &places))?;
+        self.target.elementwise(&node.path, most, place, ElementWiseOperation::Prod).map_err(Self::refused(node))
     }
 
     /// Products of tokens that were divided by scales of their own, multiplied by them again.

@@ -62,6 +62,8 @@ pub struct Plan<'p> {
     /// Of tensor parallelism: which part of how many.
     pub rank: usize,
     pub ranks: usize,
+    /// Ranks have a part of the table of words each, not all of it.
+    pub divide_embedding: bool,
     /// What another tool has made of the layer with a weight of this name.
     pub quantized: &'p dyn Fn(&str) -> Option<&'p QuantizedLinear>,
 }
@@ -70,7 +72,7 @@ impl<'p> Plan<'p> {
     /// The whole network, nothing dumped or marked, of a checkpoint that holds numbers.
     pub fn new(recipe: &'p Recipe) -> Plan<'p> {
         let quantized = &|_: &str| None;
-        Plan { recipe, dump: None, marks: &[], int8_kv_cache: false, rank: 0, ranks: 1, quantized }
+        Plan { recipe, dump: None, marks: &[], int8_kv_cache: false, rank: 0, ranks: 1, divide_embedding: true, quantized }
     }
 }
 

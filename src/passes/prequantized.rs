@@ -143,13 +143,13 @@ impl Writer {
             return product;
         }
         let groups = linear.groups;
-        let matrix = |part: &str, rows, columns| Op::Linear {
+        let matrix = |part: &str, rows, columns, split| Op::Linear {
             weight: Weight::tensor(format!("{name}.{part}"), &[rows, columns]),
-            split: Split::None,
+            split,
         };
-        let sums = matrix("group_sums", groups, input);
+        let sums = matrix("group_sums", groups, input, Split::Groups);
         let sums = self.shared(format!("sums {groups}"), format!("{path}/group_sums"), sums, plain, Some(groups));
-        let missing = self.of(format!("{path}/correction"), matrix("correction", out, groups), sums, Some(out));
+        let missing = self.of(format!("{path}/correction"), matrix("correction", out, groups, split), sums, Some(out));
         let add = Op::Binary { kind: BinaryKind::Add };
         let ty = self.nodes[product.0].ty.clone();
         self.push(Node { path: format!("{path}/corrected"), op: add, inputs: vec![product, missing], ty })

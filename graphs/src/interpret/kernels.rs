@@ -1,7 +1,7 @@
 //! The ops, written plainly. Each returns what does not fit instead of failing.
 use super::array::{Array, Data};
 use super::matmul::multiply;
-use crate::{ActivationKind, BinaryKind, NormKind};
+use crate::{ActivationKind, BinaryKind, NormKind, OwnIds};
 use rayon::prelude::*;
 
 type Result = std::result::Result<Array, String>;
@@ -84,12 +84,31 @@ pub(super) fn scale_by(x: &Array, weight: &[f32], divide: bool) -> Result {
     Ok(Array::float(x.shape.clone(), data))
 }
 
-/// Each token by `scale`, or by its own.
-pub(super) fn quantize_input(x: &Array, scale: Option<f32>, wide: bool) -> Result {
+fn largest_magnitude(values: &[f32]) -> f32 {
+    values.iter().fold(0.0, |most, value| most.max(value.abs()))
+}
+
+/// `[..., ranks]`, zeros but for this rank's place.
+pub(super) fn largest(x: &Array, rank: usize, ranks: usize) -> Result {
+    let (width, mut shape) = (x.width(), x.shape.clone());
+    let mut data = Vec::with_capacity(x.len() / width.max(1) * ranks);
+    for token in x.floats()?.chunks_exact(width.max(1)) {
+        data.extend((0..ranks).map(|place| if place == rank { largest_magnitude(token) } else { 0.0 }));
+    }
+    if let Some(last) = shape.last_mut() {
+        *last = ranks;
+    }
+    Ok(Array::float(shape, data))
+}
+
+/// Each token by `scale`, or by its own: by the largest of its numbers in `most`, or of itself.
+pub(super) fn quantize_input(x: &Array, scale: Option<f32>, most: Option<&[f32]>, wide: bool) -> Result {
     let steps = if wide { 127.5 } else { 127.0 };
     let mut data = x.floats()?.to_vec();
-    data.par_chunks_exact_mut(x.width()).for_each(|token| {
-        let most = token.iter().fold(0.0, |most: f32, value| most.max(value.abs()));
+    let width = x.width();
+    let each = most.map_or(0, |most| most.len() / (data.len() / width.max(1)).max(1));
+    data.par_chunks_exact_mut(width).enumerate().for_each(|(at, token)| {
+        let most = largest_magnitude(most.and_then(|most| most.get(at * each..(at + 1) * each)).unwrap_or(token));
         let scale = scale.unwrap_or(if most > 0.0 { most / steps } else { 1.0 });
         token.iter_mut().for_each(|value| *value = (*value / scale).round_ties_even().clamp(-128.0, 127.0) * scale);
     });
@@ -128,12 +147,15 @@ pub(super) fn conv(x: &Array, weight: &[f32], shape: &[usize], stride: usize) ->
         .map(|array| Array { shape: vec![batch, out, down, across], ..array })
 }
 
-pub(super) fn embed(ids: &Array, table: &[f32], shape: &[usize]) -> Result {
+pub(super) fn embed(ids: &Array, table: &[f32], shape: &[usize], own: Option<&OwnIds>) -> Result {
     let (vocab, hidden) = (shape[0], shape[1]);
     let mut data = Vec::with_capacity(ids.len() * hidden);
     for &id in ids.ints()? {
-        let id = usize::try_from(id).map_err(|_| format!("token id {id} is negative"))?.min(vocab - 1);
-        data.extend_from_slice(&table[id * hidden..(id + 1) * hidden]);
+        let id = usize::try_from(id).map_err(|_| format!("token id {id} is negative"))?;
+        match own.map_or(Some(id.min(vocab - 1)), |own| own.row_of(id)) {
+            Some(row) => data.extend_from_slice(&table[row * hidden..(row + 1) * hidden]),
+            None => data.resize(data.len() + hidden, 0.0),
+        }
     }
     let shape = ids.shape.iter().copied().chain([hidden]).collect::<Vec<_>>();
     Ok(Array::float(shape, data))

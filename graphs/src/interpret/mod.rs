@@ -261,8 +261,10 @@ impl Weights {
             Op::ScaleBy { weight, divide } => kernels::scale_by(x, self.weight(weight)?, *divide),
             Op::QuantizeInput { scale, wide } => {
                 let scale = scale.as_ref().map(|scale| self.weight(scale)).transpose()?;
-                kernels::quantize_input(x, scale.and_then(|scale| scale.first().copied()), *wide)
+                let most = inputs.get(1).map(|most| most.floats()).transpose()?;
+                kernels::quantize_input(x, scale.and_then(|scale| scale.first().copied()), most, *wide)
             }
+            Op::Largest { rank, ranks } => kernels::largest(x, *rank, *ranks),
             Op::Binary { kind } => kernels::binary(x, inputs[1], *kind),
             Op::Attention(attention) => {
                 let bias = match (&attention.relative_bias, &attention.window_bias) {
@@ -280,7 +282,7 @@ impl Weights {
                 }
             }
             Op::Conv { weight, stride } => kernels::conv(x, self.weight(weight)?, &weight.shape(), *stride),
-            Op::Embed { weight, .. } => kernels::embed(x, self.weight(weight)?, &weight.shape()),
+            Op::Embed { weight, own, .. } => kernels::embed(x, self.weight(weight)?, &weight.shape(), own.as_ref()),
             Op::Splice { vocab } => kernels::splice(x, inputs[1], inputs[2], *vocab),
             Op::Broadcast { weight } => kernels::broadcast(x, self.weight(weight)?, &weight.shape()),
             Op::Concat { axis } => kernels::concat(inputs, *axis),
