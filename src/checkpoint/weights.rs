@@ -228,10 +228,15 @@ impl Weights {
             return Err(CheckpointError::NoTensor { folder: self.folder.clone(), tensor: shown(name), nearest });
         };
         match self.joined.as_ref().and_then(|joined| Some((joined, joined.expression(name)?))) {
-            Some((joined, weight)) => joined.read(self, weight, offset_in_tensor, buffer).map_err(|source| {
-                let source = Box::new(source);
-                CheckpointError::Joined { tensor: shown(name), source }
-            }),
+            Some((joined, weight)) => {
+                let (tensor, end) = (shown(name), u128::from(offset_in_tensor) + buffer.len() as u128);
+                if end > u128::from(entry.bytes) {
+                    let (file, begin, found) = (self.folder.clone(), offset_in_tensor, entry.bytes);
+                    return Err(CheckpointError::Range { file, tensor, begin, end, found });
+                }
+                let read = joined.read(self, weight, offset_in_tensor, buffer);
+                read.map_err(|source| CheckpointError::Joined { tensor, source: Box::new(source) })
+            }
             None => self.read_entry(name, entry, offset_in_tensor, buffer),
         }
     }
