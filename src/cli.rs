@@ -57,6 +57,10 @@ pub enum Command {
         trtvlm calibrate ./SmolLM2-135M --data prose.txt -o stats.safetensors --samples 128"
     )]
     Calibrate(CalibrateArgs),
+    /// Write a checkpoint in TensorRT-LLM's format: config.json and one file for each rank
+    #[command(after_help = "Examples:\n  trtvlm convert ./llama-7b -o checkpoint --tp 2\n  \
+        trtvlm convert ./tp2-checkpoint -o tp4-checkpoint --tp 4")]
+    Convert(ConvertArgs),
     /// Answer prompts, about pictures too, from a built directory
     #[command(after_help = "Examples:\n  trtvlm run engines --image merlion.png --prompt \"Which city is this?\"\n  \
         trtvlm run engines --target reference --prompt \"The capital of France is\" --max-new-tokens 4 --json\n  \
@@ -109,6 +113,9 @@ pub struct ModelOptions {
     /// Take the vision tower from this folder or hub id, where the checkpoint has none [default: what config.json names]
     #[arg(long, value_name = "DIR")]
     pub vision_tower: Option<String>,
+    /// Take the tokenizer from this folder, where the checkpoint has none (those of TensorRT-LLM)
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
     /// Kinds of engines
     #[arg(long, value_enum, value_delimiter = ',', default_value = "rtx,reference")]
     pub target: Vec<Target>,
@@ -211,6 +218,8 @@ pub struct CalibrateArgs {
     pub language: Option<String>,
     #[arg(long, value_name = "DIR")]
     pub vision_tower: Option<String>,
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
     /// Prose (.txt), lines of JSON with `prompt`, `answer` and `image`, or `text` (.jsonl), a folder of both, or pictures
     /// with --references and --task, as `eval pictures` takes them
     #[arg(long, value_name = "FILE_OR_DIR")]
@@ -237,6 +246,28 @@ pub struct CalibrateArgs {
     /// Samples in memory at once; after as many the file is written
     #[arg(long, default_value_t = 16)]
     pub together: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// As `build` takes it; of a model with pictures the language part is written
+    pub model: String,
+    #[arg(long, value_name = "MODEL")]
+    pub language: Option<String>,
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<String>,
+    /// Put this folder's tokenizer beside the weights [default: the checkpoint's own]
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
+    /// Ranks of tensor parallelism, one file each
+    #[arg(long, default_value_t = 1)]
+    pub tp: usize,
+    /// Type of weights that are floats; auto is the checkpoint's own
+    #[arg(long, default_value = "auto", value_parser = dtype)]
+    pub dtype: DTypeChoice,
+    /// The folder to write, new or empty
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -512,6 +543,7 @@ fn dispatch(command: &Command, printer: &Printer) -> Result<(), Failure> {
         Command::Build(args) => commands::build::run(args, printer),
         Command::Plan(args) => commands::plan::run(args, printer),
         Command::Calibrate(args) => commands::calibrate::run(args, printer),
+        Command::Convert(args) => commands::convert::run(args, printer),
         Command::Run(args) => commands::run::run(args, printer),
         Command::Verify(args) => commands::verify::run(args, printer),
         Command::Bench(args) => commands::bench::run(args, printer),

@@ -29,6 +29,8 @@ pub enum CompileError {
     NoVision,
     #[error("--tp 0: there is at least one rank")]
     NoRanks,
+    #[error("`{folder}` holds no tokenizer: found neither {}", TOKENIZERS.join(" nor "))]
+    NoTokenizer { folder: PathBuf },
 }
 
 impl CompileError {
@@ -41,9 +43,13 @@ impl CompileError {
             CompileError::Statistics(error) => error.hint(),
             CompileError::NoVision => Some("leave --vision-quant out".into()),
             CompileError::NoRanks => Some("--tp 1 builds the whole".into()),
+            CompileError::NoTokenizer { .. } => Some("give the folder that the model was converted from".into()),
         }
     }
 }
+
+/// One of these is a tokenizer.
+pub const TOKENIZERS: [&str; 2] = ["tokenizer.json", "tokenizer.model"];
 
 /// How keys and values of earlier tokens are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -63,6 +69,8 @@ pub struct Request {
     pub language: Option<String>,
     /// Likewise, of the vision tower where it is not the one that config.json names.
     pub vision_tower: Option<String>,
+    /// A folder whose tokenizer is the model's.
+    pub tokenizer: Option<PathBuf>,
     /// The checkpoint's own type where nothing is asked for.
     pub dtype: Option<DType>,
     /// Preset or recipe file of the language network.
@@ -112,11 +120,17 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     let checkpoint = open(&request.model)?;
     let from_hub = !Path::new(&request.model).exists();
     let tower = vision_tower::open(&checkpoint, request.vision_tower.as_deref(), from_hub, options)?;
-    let source = match (&request.language, tower) {
+    let mut source = match (&request.language, tower) {
         (Some(language), _) => ModelSource::with_language(checkpoint, open(language)?)?,
         (None, Some(tower)) => ModelSource::with_tower(checkpoint, tower)?,
         (None, None) => ModelSource::new(checkpoint)?,
     };
+    if let Some(folder) = &request.tokenizer {
+        if !TOKENIZERS.iter().any(|name| folder.join(name).is_file()) {
+            return Err(CompileError::NoTokenizer { folder: folder.clone() });
+        }
+        source.tokenizer = Some(folder.clone());
+    }
     let sizes = request.sizes.resolve(&source.facts())?;
     let dtype = request.dtype.unwrap_or_else(|| source.dtype());
     let networks = source.networks(dtype, request.logits)?;

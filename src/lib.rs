@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod commands;
 pub mod compile;
+pub mod convert;
 pub mod cost;
 pub mod device;
 pub mod engine_dir;

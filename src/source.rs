@@ -81,6 +81,8 @@ pub struct ModelSource {
     language: Option<Box<ModelSource>>,
     /// The vision tower's folder, where it has one of its own.
     tower: Option<Checkpoint>,
+    /// A folder whose files that are no weights come before all others.
+    pub tokenizer: Option<PathBuf>,
 }
 
 /// The model of a checkpoint; what its generation config says of the token that a decoder starts with goes before config.json.
@@ -118,7 +120,7 @@ impl ModelSource {
         if !faults.is_empty() {
             return Err(ModelError::Misfit { folder: checkpoint.folder().display().to_string(), faults });
         }
-        Ok(ModelSource { checkpoint, model, coverage, language: None, tower: None }.with_extras())
+        Ok(ModelSource { checkpoint, model, coverage, language: None, tower: None, tokenizer: None }.with_extras())
     }
 
     /// The same with the language part of another checkpoint, which is checked by itself and must fit. Tensors of the
@@ -146,7 +148,8 @@ impl ModelSource {
         }
         let found = other.coverage.found.iter().map(|(name, stored)| (format!("{prefix}{name}"), stored.clone()));
         coverage.found.extend(found);
-        Ok(ModelSource { checkpoint, model, coverage, language: Some(Box::new(other)), tower: None }.with_extras())
+        Ok(ModelSource { checkpoint, model, coverage, language: Some(Box::new(other)), tower: None, tokenizer: None }
+            .with_extras())
     }
 
     /// The same with a vision tower from another folder, whose names are taken to follow [`VISION_TOWER`].
@@ -165,7 +168,7 @@ impl ModelSource {
             names.extend(tower.tensors().map(|(name, _)| format!("{VISION_TOWER}{name}")));
         }
         let coverage = cover(&model, &networks, names.iter().map(String::as_str));
-        let source = ModelSource { checkpoint, model, coverage, language: None, tower: Some(tower) };
+        let source = ModelSource { checkpoint, model, coverage, language: None, tower: Some(tower), tokenizer: None };
         let faults = faults(&networks, &source.coverage, |name| source.tensor(name).map(|(_, entry)| entry));
         if !faults.is_empty() {
             return Err(ModelError::Misfit { folder: source.checkpoint.folder().display().to_string(), faults });
@@ -207,7 +210,8 @@ impl ModelSource {
 
     /// Where a file of the model that is no weights may lie, in the order in which to look.
     pub fn folders(&self) -> Vec<&Path> {
-        self.checkpoints().flat_map(Checkpoint::folders).collect()
+        let own = self.checkpoints().flat_map(Checkpoint::folders);
+        self.tokenizer.as_deref().into_iter().chain(own).collect()
     }
 
     /// The checkpoint that holds a tensor of a canonical and a stored name, and the name in it.
@@ -217,6 +221,11 @@ impl ModelSource {
             (_, Some(tower), Some(inner)) => (tower, inner),
             _ => (&self.checkpoint, stored),
         }
+    }
+
+    /// The checkpoint that holds the tensor of a canonical name, and the name in it.
+    pub(crate) fn stored(&self, name: &str) -> Option<(&Checkpoint, &str)> {
+        Some(self.holder(name, self.coverage.found.get(name)?))
     }
 
     /// # Errors

@@ -3,58 +3,30 @@
 mod common;
 #[path = "prequantized/files.rs"]
 mod files;
+#[path = "prequantized/logits.rs"]
+mod logits;
 #[path = "prequantized/pack.rs"]
 mod pack;
 #[path = "prequantized/refused.rs"]
 mod refused;
 
 use common::*;
-use files::{PEERS, peer};
-use graphs::interpret::{Array, Caches, Interpreter};
-use graphs::{DType, Logits, Op};
+use files::peer;
+use graphs::{DType, Op};
+use logits::{golden, logits, open, relative};
 use pack::{Matrix, Tool, Variant, model};
-use quant::{Recipe, materialize, to_f32, unpack};
-use safetensors::SafeTensors;
+use quant::{materialize, to_f32, unpack};
 use std::collections::BTreeMap;
 use std::path::Path;
-use trtvlm::checkpoint::Checkpoint;
-use trtvlm::passes::{self, Passed};
-use trtvlm::source::{CheckpointValues, ModelSource};
 
-fn open(folder: &Path) -> (ModelSource, Passed) {
-    let source = ModelSource::new(Checkpoint::open_folder(folder).unwrap()).unwrap();
-    let networks = source.networks(DType::Float32, Logits::All).unwrap();
-    let network = networks.into_iter().find(|network| network.name == "language").unwrap();
-    let recipe = Recipe::preset("none").unwrap();
-    let quantized = |name: &str| source.quantized_linear(name);
-    let plan = passes::Plan { quantized: &quantized, ..passes::Plan::new(&recipe) };
-    let passed = passes::run(network, &plan).unwrap();
-    (source, passed)
-}
-
-/// Logits of every token.
-fn logits(folder: &Path, ids: &[i32]) -> Vec<f32> {
-    let (source, passed) = open(folder);
-    let values = CheckpointValues { source: &source, compute: DType::Float32 };
-    let count = ids.len() as i32;
-    let mut caches = Caches::new(&passed.network, 1, ids.len());
-    let inputs = BTreeMap::from([
-        ("input_ids", Array::int([1, ids.len()], ids.to_vec())),
-        ("position_ids", Array::int([1, ids.len()], (0..count).collect::<Vec<_>>())),
-        ("past_lengths", Array::int([1], vec![0])),
-        ("sequence_lengths", Array::int([1], vec![count])),
-    ]);
-    let interpreter = Interpreter::new(passed.network, &values).unwrap();
-    interpreter.run(&inputs, &mut caches, None).unwrap()["logits"].floats().unwrap().to_vec()
-}
-
-/// The root of the mean squared difference, as a part of that of the numbers.
-fn relative(found: &[f32], wanted: &[f32]) -> f32 {
-    assert_eq!(found.len(), wanted.len());
-    let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
-    let differences = squares(&mut std::iter::zip(found, wanted).map(|(a, b)| a - b));
-    (differences / squares(&mut wanted.iter().copied())).sqrt()
-}
+const PEERS: [&str; 6] = [
+    "autoawq-gemm-g128-asymmetric",
+    "compressed-tensors-w4a16-g128",
+    "compressed-tensors-w8a8-dynamic",
+    "gptq-g64-asymmetric",
+    "unified-w4a16-awq",
+    "unified-w8a8-sq",
+];
 
 #[test]
 fn logits_are_those_of_the_tools() {
@@ -62,12 +34,7 @@ fn logits_are_those_of_the_tools() {
     for name in PEERS {
         let root = tempfile::tempdir().unwrap();
         peer(name, root.path(), |_| ());
-        let golden = std::fs::read(fixture("peers").join(name).join("golden.safetensors")).unwrap();
-        let golden = SafeTensors::deserialize(&golden).unwrap();
-        let ids = golden.tensor("input_ids").unwrap();
-        let ids: Vec<i32> =
-            ids.data().as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes) as i32).collect();
-        let wanted = quant::to_f32(DType::Float32, golden.tensor("logits").unwrap().data());
+        let (ids, wanted) = golden(&fixture("peers").join(name).join("golden.safetensors"));
         let error = relative(&logits(root.path(), &ids), &wanted);
         println!("{name}: {error:e}");
         // A value that is rounded to the other side somewhere changes all that follows: with tokens' scales wrong by 1e-6

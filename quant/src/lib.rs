@@ -23,13 +23,16 @@ pub use convert::{from_f32, to_f32};
 pub use error::QuantError;
 pub use materialize::{Stored, materialize, materialize_f32, materialize_with};
 pub use pack::{pack, unpack};
+pub use plain::{plain_entry, read_plain};
 pub use pool::Pool;
 pub use recipe::{Assignment, Method, Recipe, assign, path_glob};
 pub use rounded::round_to_nearest;
 pub use smooth::{ALPHAS, Smoothed, activation_scale, join_column_absmax, smooth};
 pub use source::{Entry, MemorySource, Source, SourceError};
 pub use statistics::{Gathered, InputStatistics};
-pub use store::{Layout, Place, RawHeader, StoreSummary, StoredWeights, layout, scale_key, store_weights};
+pub use store::{
+    Layout, Named, Place, RawHeader, StoreSummary, StoredWeights, layout, scale_key, store_named, store_weights,
+};
 /// Names of the built-in recipes; besides them `int4-gN`, `int4-mse-gN` and `int4-awq-gN` take groups of N, and
 /// `int4-channel` none.
 pub const PRESETS: [&str; 11] = [

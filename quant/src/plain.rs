@@ -1,6 +1,6 @@
 //! Weight expressions without quantization, read by rows: only the bytes that a block needs leave the source.
 use crate::check::{joining, refuse, size, within};
-use crate::{QuantError, Source, convert};
+use crate::{Entry, QuantError, Source, convert};
 use graphs::{DType, Weight};
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -204,6 +204,41 @@ impl<'a> Plain<'a> {
             }
         }
     }
+}
+
+/// Type and shape of an expression without quantization, from headers alone.
+///
+/// # Errors
+/// A tensor that is missing or does not fit.
+pub fn plain_entry(weight: &Weight, source: &dyn Source) -> Result<Entry, QuantError> {
+    let Plain { dtype, shape, .. } = Plain::new(weight, source)?;
+    Ok(Entry { dtype, shape })
+}
+
+/// Fills `buffer` with the bytes of an expression without quantization from `offset` on, in the type of its tensors.
+///
+/// # Errors
+/// A tensor that does not fit, bytes beyond the end, or a read that fails.
+pub fn read_plain(weight: &Weight, source: &dyn Source, offset: u64, buffer: &mut [u8]) -> Result<(), QuantError> {
+    let plain = Plain::new(weight, source)?;
+    let (row, whole) = (plain.row_bytes(), plain.row_bytes() * plain.rows());
+    let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= whole as u64);
+    let Some(end) = end.and_then(|end| usize::try_from(end).ok()) else {
+        return refuse(weight, format!("{} bytes from {offset} on were asked for, it has {whole}", buffer.len()));
+    };
+    let start = end - buffer.len();
+    if buffer.is_empty() {
+        return Ok(());
+    }
+    if start.is_multiple_of(row) && end.is_multiple_of(row) {
+        return plain.read(source, start / row, buffer);
+    }
+    let first = start / row;
+    let mut rows = vec![0; (end.div_ceil(row) - first) * row];
+    plain.read(source, first, &mut rows)?;
+    let skip = start - first * row;
+    buffer.copy_from_slice(&rows[skip..skip + buffer.len()]);
+    Ok(())
 }
 
 fn read(source: &dyn Source, name: &str, offset: usize, buffer: &mut [u8]) -> Result<(), QuantError> {

@@ -1,7 +1,7 @@
 //! Weight files: safetensors with every weight under its key and the scales of a quantized one under `KEY.scale`.
 //! INT4 payloads are written as U8 of shape `[in, out / 2]`, since other readers know no type of half a byte.
 use crate::check::stored_shapes;
-use crate::{Pool, QuantError, Source, Stored, materialize_with, to_f32};
+use crate::{Pool, QuantError, Source, Stored, materialize_with, plain_entry, to_f32};
 use graphs::interpret::Values;
 use graphs::{DType, Format, Weight};
 use serde_json::{Map, Value, json};
@@ -78,13 +78,58 @@ pub fn store_weights<'w>(
         planned.push((weight, layout(weight, source, compute)?));
     }
     planned.sort_by_key(|(weight, parts)| (weight.format().is_some(), std::cmp::Reverse(parts[0].dtype.bits())));
-    let header = header(planned.iter().flat_map(|(_, parts)| in_file_order(parts)));
+    write(&planned, "trtvlm", source, Some(compute), path, progress)
+}
+
+/// A plain weight with the name that it gets in a file.
+pub struct Named {
+    pub name: String,
+    pub weight: Weight,
+    /// Of a float weight what it is converted to, else what its bytes are called.
+    pub dtype: DType,
+}
+
+/// Writes plain weights under names of their own to a new file, one at a time: wider types before narrower, equal types by
+/// name. `progress` is told as by [`store_weights`].
+///
+/// # Errors
+/// As [`store_weights`].
+pub fn store_named(
+    weights: &[Named],
+    source: &dyn Source,
+    path: &Path,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<StoreSummary, QuantError> {
+    let mut planned: Vec<(&Weight, Vec<Layout>)> = Vec::new();
+    for Named { name, weight, dtype } in weights {
+        let shape = plain_entry(weight, source)?.shape;
+        let bytes = dtype.bytes(shape.iter().product()) as u64;
+        planned.push((weight, vec![Layout { key: name.clone(), dtype: *dtype, shape, bytes }]));
+    }
+    planned.sort_by(|(_, one), (_, other)| {
+        let order = |parts: &[Layout]| (std::cmp::Reverse(parts[0].dtype.bits()), parts[0].key.clone());
+        order(one).cmp(&order(other))
+    });
+    write(&planned, "pt", source, None, path, progress)
+}
+
+/// Writes the weights in their order, each made for `compute` or else in the type that its plan has.
+fn write(
+    planned: &[(&Weight, Vec<Layout>)],
+    format: &str,
+    source: &dyn Source,
+    compute: Option<DType>,
+    path: &Path,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<StoreSummary, QuantError> {
+    let header = header(format, planned.iter().flat_map(|(_, parts)| in_file_order(parts)));
     let total: u64 = planned.iter().flat_map(|(_, parts)| parts).map(|part| part.bytes).sum();
     let mut out = HashingWriter { out: BufWriter::with_capacity(1 << 20, File::create(path)?), hash: Sha256::new() };
     out.write(&header)?;
     let (mut done, mut tensors) = (0, 0);
     let pool = Pool::default();
-    for (weight, parts) in &planned {
+    for (weight, parts) in planned {
+        let compute = compute.unwrap_or(parts[0].dtype);
         let stored = materialize_with(weight, source, compute, &pool)?;
         let scale = stored.scale.as_deref();
         let values = [scale.map(|scale| &scale.bytes[..]), Some(&stored.bytes[..])];
@@ -111,8 +156,8 @@ fn in_file_order(parts: &[Layout]) -> impl Iterator<Item = &Layout> {
     parts.iter().rev()
 }
 
-fn header<'l>(parts: impl Iterator<Item = &'l Layout>) -> Vec<u8> {
-    let mut entries = Map::from_iter([("__metadata__".to_owned(), json!({ "format": "trtvlm" }))]);
+fn header<'l>(format: &str, parts: impl Iterator<Item = &'l Layout>) -> Vec<u8> {
+    let mut entries = Map::from_iter([("__metadata__".to_owned(), json!({ "format": format }))]);
     let mut offset = 0;
     for part in parts {
         let (dtype, shape) = match (part.dtype, &part.shape[..]) {

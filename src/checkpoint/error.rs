@@ -2,6 +2,7 @@ use super::bin_fault::BinFault;
 use super::fault::HeaderFault;
 use super::hub::HubError;
 use super::quantized::QuantizedFault;
+use super::trtllm::RankFault;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -59,6 +60,10 @@ pub enum CheckpointError {
     Changed { path: PathBuf, what: String },
     #[error("`{}` is quantized in a way that cannot be kept: {fault}", folder.display())]
     Quantized { folder: PathBuf, fault: Box<QuantizedFault> },
+    #[error("`{}`: {fault}", path.display())]
+    Ranks { path: PathBuf, fault: Box<RankFault> },
+    #[error("cannot join tensor `{tensor}` of the ranks' files")]
+    Joined { tensor: String, source: Box<quant::QuantError> },
     #[error(transparent)]
     Hub(#[from] HubError),
 }
@@ -95,6 +100,7 @@ impl CheckpointError {
                 return nearest.as_ref().map(|name| format!("did you mean `{name}`?"));
             }
             CheckpointError::Quantized { fault, .. } => return fault.hint(),
+            CheckpointError::Ranks { fault, .. } => return fault.hint(),
             CheckpointError::Hub(error) => return error.hint(),
             _ => return None,
         };

@@ -17,6 +17,7 @@ mod pickle;
 mod quantized;
 mod state_dict;
 mod torch_bin;
+pub(crate) mod trtllm;
 mod weights;
 
 pub use bin_fault::BinFault;
@@ -27,6 +28,7 @@ pub use hub::{Download, HubError};
 pub use nearest::nearest;
 pub(crate) use parts::PARTS;
 pub use quantized::{InputScale, QuantizedFault, QuantizedLinear};
+pub use trtllm::RankFault;
 pub use weights::{TensorEntry, Weights, open_weights};
 
 use containment::Folder;
@@ -52,10 +54,12 @@ pub struct Options<'a> {
 pub struct Checkpoint {
     folder: Folder,
     config: Value,
-    config_file: Watched,
+    config_files: Vec<Watched>,
     parts: Vec<Part>,
     weights: Weights,
     quantized: Option<Quantized>,
+    /// Of a checkpoint of TensorRT-LLM.
+    ranks: Option<usize>,
 }
 
 impl Checkpoint {
@@ -73,10 +77,16 @@ impl Checkpoint {
         }
     }
 
-    /// Opens a folder with config.json and safetensors or PyTorch files, or one whose parts have folders of their own; reads
-    /// headers only.
+    /// Opens a folder with config.json and safetensors or PyTorch files, one whose parts have folders of their own, or a
+    /// checkpoint of TensorRT-LLM, which is presented as the one that it was made of; reads headers only.
     pub fn open_folder(path: &Path) -> Result<Checkpoint, CheckpointError> {
         let folder = Folder::open(path)?;
+        if let Some(trtllm::Opened { config, config_files, weights, scheme, ranks }) = trtllm::open(&folder)? {
+            let schemes: Vec<_> = scheme.map(|scheme| (String::new(), scheme)).into_iter().collect();
+            let quantized = Quantized::new(&weights, &schemes).map_err(|error| error.of_folder(folder.path()))?;
+            let (config, parts, ranks) = (Value::Object(config), Vec::new(), Some(ranks));
+            return Ok(Checkpoint { folder, config, config_files, parts, weights, quantized, ranks });
+        }
         let (mut config, config_file) = read_object(&folder, "config.json")?;
         let parts = parts::open(&folder, &mut config)?;
         let schemes = schemes(&folder, &config, &parts);
@@ -87,7 +97,13 @@ impl Checkpoint {
             (Err(error), Ok(_)) => return Err(error),
         };
         let quantized = Quantized::new(&weights, &schemes).map_err(|error| error.of_folder(folder.path()))?;
-        Ok(Checkpoint { folder, config: Value::Object(config), config_file, parts, weights, quantized })
+        let config_files = vec![config_file];
+        Ok(Checkpoint { folder, config: Value::Object(config), config_files, parts, weights, quantized, ranks: None })
+    }
+
+    /// How many ranks a checkpoint of TensorRT-LLM is for; `None` of others.
+    pub fn ranks(&self) -> Option<usize> {
+        self.ranks
     }
 
     pub fn folder(&self) -> &Path {
@@ -172,7 +188,7 @@ impl Checkpoint {
 
     /// Checks that config and weights still are the files that were opened; meant for the end of a build.
     pub fn unchanged(&self) -> Result<(), CheckpointError> {
-        self.config_file.unchanged()?;
+        self.config_files.iter().try_for_each(Watched::unchanged)?;
         self.parts.iter().try_for_each(|part| part.config_file.unchanged())?;
         self.weights.unchanged()
     }

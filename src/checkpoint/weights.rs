@@ -1,6 +1,7 @@
 //! The weights of one folder: which files hold them, and where in them each tensor lies. Safetensors win over PyTorch files.
 use super::containment::{Folder, not_plain};
 use super::header::{self, Located, shown};
+use super::trtllm::Joined;
 use super::{BinFault, CheckpointError, json, nearest, read_json, torch_bin};
 use graphs::DType;
 use serde_json::Value;
@@ -54,6 +55,8 @@ pub struct Weights {
     tensors: BTreeMap<String, TensorEntry>,
     /// Those of sharded folders.
     indexes: Vec<Watched>,
+    /// Tensors that lie in the files of several ranks.
+    joined: Option<Box<Joined>>,
 }
 
 #[derive(Debug)]
@@ -155,7 +158,13 @@ impl Weights {
 
     pub(super) fn empty(folder: &Folder) -> Weights {
         let folder = folder.path().to_owned();
-        Weights { folder, files: Vec::new(), tensors: BTreeMap::new(), indexes: Vec::new() }
+        Weights { folder, files: Vec::new(), tensors: BTreeMap::new(), indexes: Vec::new(), joined: None }
+    }
+
+    /// Gives the open files' tensors other names, by place or as expressions over them.
+    pub(super) fn present(&mut self, tensors: BTreeMap<String, TensorEntry>, joined: Joined) {
+        self.tensors = tensors;
+        self.joined = Some(Box::new(joined));
     }
 
     /// Takes over the weights of a part, `PART.` put before their names.
@@ -170,7 +179,7 @@ impl Weights {
     }
 
     /// Keeps a file open and gives what its header says.
-    fn add(
+    pub(super) fn add(
         &mut self,
         path: PathBuf,
         file: File,
@@ -214,10 +223,34 @@ impl Weights {
 
     /// Fills `buffer` with the bytes of a tensor from `offset_in_tensor` on. Threads may read at the same time.
     pub fn read_into(&self, name: &str, offset_in_tensor: u64, buffer: &mut [u8]) -> Result<(), CheckpointError> {
-        let found = self.tensors.get(name).and_then(|entry| Some((entry, self.files.get(entry.file)?)));
-        let Some((entry, open)) = found else {
+        let Some(entry) = self.tensors.get(name) else {
             let nearest = nearest(name, self.tensors.keys().map(String::as_str)).map(str::to_owned);
             return Err(CheckpointError::NoTensor { folder: self.folder.clone(), tensor: shown(name), nearest });
+        };
+        match self.joined.as_ref().and_then(|joined| Some((joined, joined.expression(name)?))) {
+            Some((joined, weight)) => {
+                let (tensor, end) = (shown(name), u128::from(offset_in_tensor) + buffer.len() as u128);
+                if end > u128::from(entry.bytes) {
+                    let (file, begin, found) = (self.folder.clone(), offset_in_tensor, entry.bytes);
+                    return Err(CheckpointError::Range { file, tensor, begin, end, found });
+                }
+                let read = joined.read(self, weight, offset_in_tensor, buffer);
+                read.map_err(|source| CheckpointError::Joined { tensor, source: Box::new(source) })
+            }
+            None => self.read_entry(name, entry, offset_in_tensor, buffer),
+        }
+    }
+
+    /// The same for a tensor whose place is known.
+    pub(super) fn read_entry(
+        &self,
+        name: &str,
+        entry: &TensorEntry,
+        offset_in_tensor: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let Some(open) = self.files.get(entry.file) else {
+            return Err(CheckpointError::NoTensor { folder: self.folder.clone(), tensor: shown(name), nearest: None });
         };
         let (file, tensor) = (open.watched.path.clone(), shown(name));
         let end = u128::from(offset_in_tensor) + buffer.len() as u128;

@@ -4,7 +4,7 @@ use crate::backend::{self, Kind};
 use crate::builder::{BuildEvent, LocalSpec, Memory, Supervisor, status_bytes};
 use crate::checkpoint::{Checkpoint, Download, HubSettings, Options};
 use crate::cli::{BuildArgs, EmbeddingSharding, ModelOptions, Target};
-use crate::compile::{Compiled, KvCache, Request, compile};
+use crate::compile::{Compiled, KvCache, Request, TOKENIZERS, compile};
 use crate::engine_dir::{Manifest, SizeRequest};
 use crate::failure::{Exit, Failure};
 use crate::lower;
@@ -23,6 +23,7 @@ pub(super) fn request(options: &ModelOptions) -> Request {
         model: options.model.clone(),
         language: options.language.clone(),
         vision_tower: options.vision_tower.clone(),
+        tokenizer: options.tokenizer.clone(),
         dtype: options.dtype.0,
         quant: options.quant.clone(),
         vision_quant: options.vision_quant.clone(),
@@ -178,8 +179,16 @@ pub(super) fn compile_reported(request: &Request, printer: &Printer) -> Result<C
     let language = request.language.as_ref().map(|language| format!(" and {language}")).unwrap_or_default();
     let text = format!("{}{language}: {found} tensors used, {ignored} known to be unused", request.model);
     printer.status("Reading", &text);
+    for ranks in source.checkpoints().filter_map(Checkpoint::ranks) {
+        printer.status("Joining", &format!("the tensors of {ranks} ranks in TensorRT-LLM's format"));
+    }
     for quantization in source.checkpoints().filter_map(Checkpoint::quantization) {
         printer.status("Keeping", &format!("its own quantization: {quantization}"));
+    }
+    if !TOKENIZERS.iter().any(|name| source.folders().iter().any(|folder| folder.join(name).is_file())) {
+        printer.warning(
+            "the model comes without a tokenizer: `run` will take no text until it is built with --tokenizer DIR",
+        );
     }
     for warning in source.checkpoints().flat_map(Checkpoint::warnings) {
         printer.warning(&warning);
@@ -252,6 +261,9 @@ fn command(args: &BuildArgs) -> String {
     }
     if let Some(tower) = &options.vision_tower {
         text += &format!(" --vision-tower {}", name(tower));
+    }
+    if let Some(tokenizer) = &options.tokenizer {
+        text += &format!(" --tokenizer {}", name(&tokenizer.to_string_lossy()));
     }
     if options.target.contains(&Target::Rtx) || !options.target.contains(&Target::Tensorrt) {
         text += &format!(" --gpu {}", gpus.join(","));

@@ -18,6 +18,7 @@ pub fn run(args: &CalibrateArgs, printer: &Printer) -> Result<(), Failure> {
         model: args.model.clone(),
         language: args.language.clone(),
         vision_tower: args.vision_tower.clone(),
+        tokenizer: args.tokenizer.clone(),
         dtype: args.dtype.0,
         quant: "none".into(),
         vision_quant: "none".into(),

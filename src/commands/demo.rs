@@ -93,6 +93,7 @@ fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
             model: model.display().to_string(),
             language: None,
             vision_tower: None,
+            tokenizer: None,
             target: vec![Target::Rtx, Target::Reference],
             gpu: vec![89],
             dtype: DTypeChoice(Some(graphs::DType::Float16)),

@@ -30,6 +30,7 @@ fn request(model: &str, dtype: Option<graphs::DType>, calibration: Option<&PathB
         model: model.to_owned(),
         language: None,
         vision_tower: None,
+        tokenizer: None,
         dtype,
         quant: UNQUANTIZED.to_owned(),
         vision_quant: UNQUANTIZED.to_owned(),

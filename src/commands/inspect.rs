@@ -93,6 +93,7 @@ fn checkpoint(path: &Path, tensors: bool, printer: &Printer) -> Result<(), Failu
         printer.json(&json!({
             "schema": 1, "kind": "checkpoint", "architecture": architecture, "files": files, "bytes": total,
             "tensors": list, "quantization": quantization,
+            "ranks": checkpoint.as_ref().and_then(Checkpoint::ranks),
         }));
         return Ok(());
     }
@@ -102,6 +103,9 @@ fn checkpoint(path: &Path, tensors: bool, printer: &Printer) -> Result<(), Failu
         architecture.unwrap_or("no architecture named"),
         bytes(total)
     ));
+    if let Some(ranks) = checkpoint.as_ref().and_then(Checkpoint::ranks) {
+        printer.data(&format!("TensorRT-LLM's format, {ranks} ranks, their tensors as joined"));
+    }
     if let Some(quantization) = quantization {
         printer.data(&format!("quantized by {quantization}"));
     }

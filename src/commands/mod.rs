@@ -3,6 +3,7 @@ pub mod backend;
 pub mod bench;
 pub mod build;
 pub mod calibrate;
+pub mod convert;
 pub mod demo;
 pub mod eval;
 pub mod inspect;

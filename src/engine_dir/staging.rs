@@ -108,6 +108,23 @@ impl Staging {
             .map_err(|error| DirectoryError::Unreadable { path: self.path.clone(), reason: error.to_string() })?;
         self.write(manifest::NAME, format!("{text}\n").as_bytes())?;
         sync(&self.path.join(manifest::NAME))?;
+        self.replace()?;
+        Ok(manifest)
+    }
+
+    /// Makes everything durable and moves the directory to its place, without a manifest: for what is no engine directory.
+    ///
+    /// # Errors
+    /// As [`Staging::publish`].
+    pub fn publish_files(self) -> Result<(), DirectoryError> {
+        let mut files = Vec::new();
+        list(&self.path, &self.path, &mut files)?;
+        files.iter().try_for_each(|name| sync(&self.path.join(name)))?;
+        self.replace()
+    }
+
+    /// Moves the directory to its place.
+    fn replace(mut self) -> Result<(), DirectoryError> {
         sync(&self.path)?;
         let old = self.path.with_extension("replaced");
         let replaces = self.target.exists();
@@ -125,8 +142,7 @@ impl Staging {
         if let Some(parent) = self.target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             sync(parent)?;
         }
-        remove(&old)?;
-        Ok(manifest)
+        remove(&old)
     }
 }
 

@@ -62,6 +62,9 @@ impl ProcessorError {
     /// What the user can do about it, where that is known.
     pub fn hint(&self) -> Option<String> {
         match self {
+            Self::Read { path, .. } if path.ends_with("tokenizer.json") => {
+                Some("the model came without a tokenizer: build it again with --tokenizer DIR".to_owned())
+            }
             Self::Read { path, .. } => match path.extension() {
                 Some(extension) if extension == "json" => {
                     Some("build the engine directory again: its processor folder is incomplete".to_owned())

@@ -4,15 +4,6 @@ use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-pub(crate) const PEERS: [&str; 6] = [
-    "autoawq-gemm-g128-asymmetric",
-    "compressed-tensors-w4a16-g128",
-    "compressed-tensors-w8a8-dynamic",
-    "gptq-g64-asymmetric",
-    "unified-w4a16-awq",
-    "unified-w8a8-sq",
-];
-
 /// A tensor of a file: type as in safetensors, shape, bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Raw {

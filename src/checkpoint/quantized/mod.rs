@@ -12,7 +12,7 @@ mod read;
 mod scheme;
 
 pub use fault::QuantizedFault;
-pub(super) use scheme::{Scheme as QuantizationScheme, read_scheme};
+pub(super) use scheme::{Scheme as QuantizationScheme, rank_scheme, read_scheme};
 
 use super::weights::Weights;
 use super::{CheckpointError, TensorEntry};

@@ -309,6 +309,14 @@ fn modelopt_file(keys: &Keys<'_>) -> Result<Option<Scheme>, QuantizedFault> {
     if keys.get("quant_algo").is_none() { Ok(None) } else { modelopt(&keys).map(Some) }
 }
 
+/// What config.json of a TensorRT-LLM checkpoint says; its tensors are given the unified layout's names.
+pub(in crate::checkpoint) fn rank_scheme(config: &Map<String, Value>) -> Result<Option<Scheme>, CheckpointError> {
+    match config.get("quantization") {
+        None | Some(Value::Null) => Ok(None),
+        Some(_) => Ok(modelopt_file(&Keys { object: config, path: String::new() })?),
+    }
+}
+
 fn modelopt(keys: &Keys<'_>) -> Result<Scheme, QuantizedFault> {
     keys.no_cache("kv_cache_quant_algo")?;
     keys.no_cache("kv_cache_scheme")?;
