@@ -28,7 +28,7 @@ pub use recipe::{Assignment, Method, Recipe, assign, path_glob};
 pub use rounded::round_to_nearest;
 pub use smooth::{ALPHAS, Smoothed, activation_scale, join_column_absmax, smooth};
 pub use source::{Entry, MemorySource, Source, SourceError};
-pub use statistics::{Gathered, InputStatistics};
+pub use statistics::{Gathered, InputStatistics, Kept, Share};
 pub use store::{Layout, Place, RawHeader, StoreSummary, StoredWeights, layout, scale_key, store_weights};
 /// Names of the built-in recipes; besides them `int4-gN`, `int4-mse-gN` and `int4-awq-gN` take groups of N, and
 /// `int4-channel` none.
