@@ -4,6 +4,7 @@
 use graphs::DType;
 use tensorrt_sys::Plugin;
 use trtvlm::backend::{Kind, find};
+use trtvlm::calibration::KERNELS;
 use trtvlm::plugins::{AttentionPlugin, AttentionShape, Compiler, GreedyPlugin};
 
 const GPUS: [u32; 3] = [80, 89, 90];
@@ -49,6 +50,16 @@ fn attention_compiles_for_every_gpu_type_and_head() {
 fn the_greedy_choice_compiles_for_every_gpu() {
     for gpu in GPUS {
         assert_carries(&GreedyPlugin::new(&compiler(gpu)).unwrap().state(), &GreedyPlugin::KERNELS);
+    }
+}
+
+#[test]
+fn calibration_compiles_for_every_gpu() {
+    for gpu in GPUS {
+        let code = compiler(gpu).compile("calibration.cu", KERNELS, Vec::new()).unwrap();
+        let started =
+            ["widen", "split", "pair", "along", "scale", "activation", "norm", "rotate", "rows", "columns", "softmax"];
+        assert_carries(&code, &started);
     }
 }
 

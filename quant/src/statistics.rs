@@ -57,15 +57,13 @@ impl Gathered {
         self.absmax.len()
     }
 
-    /// Adds the rows of sample `sample` and keeps at most `limit` of all. Which are kept depends on the numbers of samples
-    /// and rows alone, so all inputs of a network keep the same tokens; rows from `favored` on are kept so much more often
-    /// that few others stay.
-    pub fn add(&mut self, values: &[f32], sample: u64, limit: usize, favored: usize) {
+    /// Adds the rows of a sample and keeps at most `limit` of all. Which are kept depends on the numbers of samples and rows
+    /// alone, so all inputs of a network keep the same tokens; favored rows are kept so much more often that few others stay.
+    pub fn add(&mut self, values: &[f32], share: Share, limit: usize) {
         let width = self.width().max(1);
-        let rows = values.len() / width;
-        let kept = self.choose(&[Share { sample, rows, favored }], limit);
+        let kept = self.choose(&[share], limit);
         self.keep(kept.iter().map(|kept| (kept.lot, values[kept.row * width..(kept.row + 1) * width].to_vec())), limit);
-        self.count += rows as u64;
+        self.count += share.rows as u64;
         // Each channel is summed in the order of its rows, whichever thread does it.
         let (absmax, sum) = (self.absmax.par_chunks_mut(CHANNELS), self.sum.par_chunks_mut(CHANNELS));
         absmax.zip(sum).enumerate().for_each(|(part, (absmax, sum))| {

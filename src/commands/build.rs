@@ -7,7 +7,7 @@ use crate::cli::{BuildArgs, ModelOptions, Target};
 use crate::compile::{Compiled, Request, compile};
 use crate::engine_dir::{Manifest, SizeRequest};
 use crate::failure::{Exit, Failure};
-use crate::report::{Printer, Progress, bytes, duration};
+use crate::report::{Printer, Progress, bytes, duration, peak_memory};
 use graphs::Logits;
 use serde_json::{Value, json};
 use std::cell::RefCell;
@@ -76,6 +76,7 @@ pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
     if printer.is_json() {
         printer.json(&json!({
             "schema": 1, "directory": args.output, "manifest": manifest, "engines": engines,
+            "peak_bytes": peak_memory(),
         }));
     }
     Ok(())

@@ -9,6 +9,7 @@ mod nvrtc;
 pub use attention::{AttentionPlugin, AttentionShape, LARGEST_HEAD};
 pub use greedy::GreedyPlugin;
 pub use kernel::Compiler;
+pub(crate) use kernel::{Kernels, Launch};
 pub use nvrtc::{CompileError, Nvrtc};
 
 /// Makes every plugin known to a TensorRT library; needed before engines are built or loaded.

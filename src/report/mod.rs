@@ -1,7 +1,9 @@
 //! What a command prints: data on standard output, everything else on standard error.
 mod format;
+mod memory;
 
 pub use format::{bytes, duration, table};
+pub use memory::peak_memory;
 
 use crate::failure::{Exit, Failure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
