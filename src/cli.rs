@@ -210,6 +210,14 @@ pub struct PlanArgs {
     pub jobs: usize,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceChoice {
+    /// A GPU where there is one
+    Auto,
+    Cpu,
+    Cuda,
+}
+
 #[derive(Debug, Args)]
 pub struct CalibrateArgs {
     /// As `build` takes it
@@ -243,9 +251,12 @@ pub struct CalibrateArgs {
     /// Rows kept of each input
     #[arg(long, default_value_t = 256)]
     pub rows: usize,
-    /// Samples in memory at once; after as many the file is written
-    #[arg(long, default_value_t = 16)]
-    pub together: usize,
+    /// Samples in memory at once; after as many the file is written [default: 16, on a GPU as many as it holds, 128 at most]
+    #[arg(long)]
+    pub together: Option<usize>,
+    /// What computes; a GPU needs NVRTC and cuBLASLt beside its driver
+    #[arg(long, value_enum, default_value = "auto")]
+    pub device: DeviceChoice,
 }
 
 #[derive(Debug, Args)]

@@ -118,6 +118,31 @@ impl Device {
         Ok(Gpu { name: self.context.name().map_err(failed())?, capability: (major * 10 + minor) as u32 })
     }
 
+    /// Memory that is given back stays with this process, for the next that asks: asking the driver each time takes longer
+    /// than many a kernel.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn keep_memory(&self) -> Result<(), DeviceError> {
+        let mut pool = std::ptr::null_mut();
+        let mut all = u64::MAX;
+        let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: the device is the context's own; the attribute is a number of 64 bits in cuda.h.
+        let done = unsafe {
+            let found = sys::cuDeviceGetDefaultMemPool(&raw mut pool, self.context.cu_device()).result();
+            found.and_then(|()| sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut all).cast()).result())
+        };
+        done.map_err(DeviceError::of("keep memory"))
+    }
+
+    /// Bytes that nobody uses.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn free_memory(&self) -> Result<usize, DeviceError> {
+        Ok(self.context.mem_get_info().map_err(DeviceError::of("ask for free memory"))?.0)
+    }
+
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }

@@ -88,6 +88,7 @@ macro_rules! failure_from {
 
 failure_from! {
     crate::calibration::GatherError => Exit::Refused,
+    crate::calibration::GpuError => Exit::Environment,
     crate::calibration::SearchError => Exit::Refused,
     crate::calibration::StatisticsError => Exit::Refused,
     crate::compile::CompileError => Exit::Refused,

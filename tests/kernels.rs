@@ -4,6 +4,7 @@
 use graphs::DType;
 use tensorrt_sys::Plugin;
 use trtvlm::backend::{Kind, find};
+use trtvlm::calibration::KERNELS;
 use trtvlm::plugins::{
     AttentionPlugin, AttentionShape, CollectivePlugin, CollectiveShape, Compiler, GreedyPlugin, Join,
 };
@@ -68,6 +69,16 @@ fn what_joins_ranks_compiles_for_every_gpu_and_type() {
                 CollectivePlugin::new(CollectiveShape { join: Join::Sum, dtype, ranks: 2 }, &compiler).unwrap();
             assert_carries(&plugin.state(), &CollectivePlugin::KERNELS);
         }
+    }
+}
+
+#[test]
+fn calibration_compiles_for_every_gpu() {
+    for gpu in GPUS {
+        let code = compiler(gpu).compile("calibration.cu", KERNELS, Vec::new()).unwrap();
+        let started =
+            ["widen", "split", "pair", "along", "scale", "activation", "norm", "rotate", "rows", "columns", "softmax"];
+        assert_carries(&code, &started);
     }
 }
 

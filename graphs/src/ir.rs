@@ -484,4 +484,18 @@ impl Network {
     pub fn weights(&self) -> impl Iterator<Item = (&Node, &Weight)> {
         self.nodes.iter().flat_map(|node| node.op.weights().into_iter().map(move |weight| (node, weight)))
     }
+
+    /// For each node the position of its last reader, after which its value is not needed; beyond all nodes for outputs.
+    pub fn last_use(&self) -> Vec<usize> {
+        let mut last_use: Vec<usize> = (0..self.nodes.len()).collect();
+        for (position, node) in self.nodes.iter().enumerate() {
+            for input in &node.inputs {
+                last_use[input.0] = position;
+            }
+        }
+        for (_, id) in &self.outputs {
+            last_use[id.0] = usize::MAX;
+        }
+        last_use
+    }
 }

@@ -29,7 +29,7 @@ pub use recipe::{Assignment, Method, Recipe, assign, path_glob};
 pub use rounded::round_to_nearest;
 pub use smooth::{ALPHAS, Smoothed, activation_scale, join_column_absmax, smooth};
 pub use source::{Entry, MemorySource, Source, SourceError};
-pub use statistics::{Gathered, InputStatistics};
+pub use statistics::{Gathered, InputStatistics, Kept, Share};
 pub use store::{
     Layout, Named, Place, RawHeader, StoreSummary, StoredWeights, layout, scale_key, store_named, store_weights,
 };

@@ -1,5 +1,9 @@
 //! What calibration keeps of the inputs of linear layers. Samples may come in any number of parts: the result is the same.
+use rayon::prelude::*;
 use std::collections::BTreeMap;
+
+/// Channels that one thread sums in one go.
+const CHANNELS: usize = 256;
 
 /// How much more often favored rows are kept.
 const FAVOR: u64 = 8;
@@ -13,6 +17,24 @@ pub struct InputStatistics {
     pub mean: Vec<f32>,
     /// Some of the inputs themselves, `[.., width]`.
     pub rows: Vec<f32>,
+}
+
+/// Rows of one sample.
+#[derive(Clone, Copy, Debug)]
+pub struct Share {
+    /// Its number among all samples.
+    pub sample: u64,
+    pub rows: usize,
+    /// Rows from this on are favored.
+    pub favored: usize,
+}
+
+/// A row that is kept: the least lots are. `share` is its sample's place among those chosen from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Kept {
+    pub lot: u64,
+    pub share: usize,
+    pub row: usize,
 }
 
 /// The same while it grows.
@@ -35,25 +57,63 @@ impl Gathered {
         self.absmax.len()
     }
 
-    /// Adds the rows of sample `sample` and keeps at most `limit` of all. Which are kept depends on the numbers of samples
-    /// and rows alone, so all inputs of a network keep the same tokens; rows from `favored` on are kept so much more often
-    /// that few others stay.
-    pub fn add(&mut self, values: &[f32], sample: u64, limit: usize, favored: usize) {
-        for (number, row) in values.chunks_exact(self.width().max(1)).enumerate() {
-            for (channel, value) in row.iter().enumerate() {
-                let magnitude = value.abs();
-                self.absmax[channel] = self.absmax[channel].max(magnitude);
-                self.sum[channel] += f64::from(magnitude);
+    /// Adds the rows of a sample and keeps at most `limit` of all. Which are kept depends on the numbers of samples and rows
+    /// alone, so all inputs of a network keep the same tokens; favored rows are kept so much more often that few others stay.
+    pub fn add(&mut self, values: &[f32], share: Share, limit: usize) {
+        let width = self.width().max(1);
+        let kept = self.choose(&[share], limit);
+        self.keep(kept.iter().map(|kept| (kept.lot, values[kept.row * width..(kept.row + 1) * width].to_vec())), limit);
+        self.count += share.rows as u64;
+        // Each channel is summed in the order of its rows, whichever thread does it.
+        let (absmax, sum) = (self.absmax.par_chunks_mut(CHANNELS), self.sum.par_chunks_mut(CHANNELS));
+        absmax.zip(sum).enumerate().for_each(|(part, (absmax, sum))| {
+            for row in values.chunks_exact(width) {
+                let row = &row[part * CHANNELS..part * CHANNELS + absmax.len()];
+                for ((absmax, sum), value) in std::iter::zip(&mut *absmax, &mut *sum).zip(row) {
+                    let magnitude = value.abs();
+                    *absmax = absmax.max(magnitude);
+                    *sum += f64::from(magnitude);
+                }
             }
-            self.count += 1;
-            let lot = lot(sample, number as u64) / if number >= favored { FAVOR } else { 1 };
-            let full = self.rows.len() >= limit;
-            if !full || self.rows.last_key_value().is_some_and(|(last, _)| lot < *last) {
-                self.rows.insert(lot, row.to_vec());
-            }
-            while self.rows.len() > limit {
-                self.rows.pop_last();
-            }
+        });
+    }
+
+    /// Adds what was gathered elsewhere of `count` rows: largest magnitudes and sums of magnitudes by channel, and those rows
+    /// that [`Gathered::choose`] named.
+    pub fn join(
+        &mut self,
+        count: u64,
+        absmax: &[f32],
+        sum: &[f64],
+        rows: impl Iterator<Item = (u64, Vec<f32>)>,
+        limit: usize,
+    ) {
+        self.count += count;
+        std::iter::zip(&mut self.absmax, absmax).for_each(|(most, other)| *most = most.max(*other));
+        std::iter::zip(&mut self.sum, sum).for_each(|(sum, other)| *sum += other);
+        self.keep(rows, limit);
+    }
+
+    /// Which rows of some samples will be among the `limit` that are kept, by lot.
+    pub fn choose(&self, shares: &[Share], limit: usize) -> Vec<Kept> {
+        let full = self.rows.len() >= limit;
+        let bound = self.rows.last_key_value().filter(|_| full).map_or(u64::MAX, |(last, _)| *last);
+        let lots = shares.iter().enumerate().flat_map(|(share, of)| {
+            (0..of.rows).map(move |row| {
+                let lot = lot(of.sample, row as u64) / if row >= of.favored { FAVOR } else { 1 };
+                Kept { lot, share, row }
+            })
+        });
+        let mut kept: Vec<Kept> = lots.filter(|kept| kept.lot < bound || !full).collect();
+        kept.sort_unstable();
+        kept.truncate(limit);
+        kept
+    }
+
+    fn keep(&mut self, rows: impl Iterator<Item = (u64, Vec<f32>)>, limit: usize) {
+        self.rows.extend(rows);
+        while self.rows.len() > limit {
+            self.rows.pop_last();
         }
     }
 

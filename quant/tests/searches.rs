@@ -6,7 +6,7 @@ use graphs::{DType, Format};
 use half::f16;
 use proptest::prelude::*;
 use quant::awq::{self, Matrix};
-use quant::{Gathered, Smoothed, activation_scale, clip, smooth};
+use quant::{Gathered, Share, Smoothed, activation_scale, clip, smooth};
 
 /// Inputs of which some channels are much larger than others.
 fn uneven(rows: usize, width: usize, seed: u64) -> Vec<f32> {
@@ -227,7 +227,10 @@ proptest! {
         let samples: Vec<Vec<f32>> = counts.iter().enumerate().map(|(number, count)| noise(count * width, number as u64)).collect();
         let gather = |order: &mut dyn Iterator<Item = usize>| {
             let mut gathered = Gathered::new(width);
-            order.for_each(|number| gathered.add(&samples[number], number as u64, limit, 3));
+            order.for_each(|number| {
+                let rows = samples[number].len() / width;
+                gathered.add(&samples[number], Share { sample: number as u64, rows, favored: 3 }, limit);
+            });
             gathered
         };
         let (one, other) = (gather(&mut (0..samples.len())), gather(&mut (0..samples.len()).rev()));

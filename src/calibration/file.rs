@@ -3,8 +3,9 @@
 use graphs::DType;
 use quant::{Gathered, InputStatistics, RawHeader};
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorView};
+use safetensors::tensor::{Metadata, View};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -153,33 +154,80 @@ fn chunks(rows: &[f32], width: usize) -> impl Iterator<Item = Vec<f32>> {
     rows.chunks_exact(width.max(1)).map(<[f32]>::to_vec)
 }
 
+#[derive(Clone, Copy)]
+enum Part {
+    Absmax,
+    Sum,
+    Rows,
+    Lots,
+}
+
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Part::Absmax => "absmax",
+            Part::Sum => "sum",
+            Part::Rows => "rows",
+            Part::Lots => "lots",
+        }
+    }
+}
+
+/// A tensor whose bytes are made when it is written, so that memory holds one more tensor than the statistics.
+struct Stored<'g> {
+    kind: Part,
+    gathered: &'g Gathered,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl View for Stored<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let Gathered { absmax, sum, rows, .. } = self.gathered;
+        let bytes = match self.kind {
+            Part::Absmax => absmax.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Part::Sum => sum.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Part::Rows => rows.values().flatten().flat_map(|value| value.to_le_bytes()).collect(),
+            Part::Lots => rows.keys().flat_map(|lot| lot.to_le_bytes()).collect(),
+        };
+        Cow::Owned(bytes)
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
 /// Writes a file beside `path` and puts it in its place.
 ///
 /// # Errors
 /// A failing write.
 pub(super) fn write(path: &Path, header: &Header, inputs: &BTreeMap<String, Gathered>) -> Result<(), StatisticsError> {
     let refuse = |reason: String| StatisticsError::File { path: path.into(), reason };
-    let mut parts: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut parts = Vec::new();
     for (input, gathered) in inputs {
-        let width = gathered.width();
-        let floats = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-        let rows: Vec<f32> = gathered.rows.values().flatten().copied().collect();
-        let lots = gathered.rows.keys().flat_map(|lot| lot.to_le_bytes()).collect();
-        let sum = gathered.sum.iter().flat_map(|sum| sum.to_le_bytes()).collect();
-        parts.push((format!("{input}.absmax"), Dtype::F32, vec![width], floats(&gathered.absmax)));
-        parts.push((format!("{input}.sum"), Dtype::F64, vec![width], sum));
-        parts.push((format!("{input}.rows"), Dtype::F32, vec![gathered.rows.len(), width], floats(&rows)));
-        parts.push((format!("{input}.lots"), Dtype::U64, vec![gathered.rows.len()], lots));
+        let (rows, width) = (gathered.rows.len(), gathered.width());
+        for (kind, dtype, shape) in [
+            (Part::Absmax, Dtype::F32, vec![width]),
+            (Part::Sum, Dtype::F64, vec![width]),
+            (Part::Rows, Dtype::F32, vec![rows, width]),
+            (Part::Lots, Dtype::U64, vec![rows]),
+        ] {
+            parts.push((format!("{input}.{}", kind.name()), Stored { kind, gathered, dtype, shape }));
+        }
     }
-    let views = parts.iter().map(|(name, dtype, shape, bytes)| {
-        let view = TensorView::new(*dtype, shape.clone(), bytes).map_err(|error| refuse(error.to_string()))?;
-        Ok((name.as_str(), view))
-    });
-    let views = views.collect::<Result<Vec<_>, StatisticsError>>()?;
     let text = serde_json::to_string(header).map_err(|error| refuse(error.to_string()))?;
     let metadata = Some(HashMap::from([(HEADER.to_owned(), text)]));
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
-    safetensors::serialize_to_file(views, metadata, Path::new(&new)).map_err(|error| refuse(error.to_string()))?;
+    safetensors::serialize_to_file(parts, metadata, Path::new(&new)).map_err(|error| refuse(error.to_string()))?;
     std::fs::rename(&new, path).map_err(|error| refuse(error.to_string()))
 }

@@ -1,9 +1,11 @@
 //! `calibrate`: statistics of what a model's layers read, for quantization that needs them.
 use super::build::compile_reported;
 use super::eval::{Task, lesson, sampler_config};
-use crate::calibration::{GatherOptions, fingerprint, gather};
-use crate::cli::CalibrateArgs;
+use crate::builder::status_bytes;
+use crate::calibration::{GatherOptions, GpuError, Machine, fingerprint, gather};
+use crate::cli::{CalibrateArgs, DeviceChoice};
 use crate::compile::{KvCache, Request};
+use crate::device::DeviceError;
 use crate::engine_dir::SizeRequest;
 use crate::failure::{Exit, Failure};
 use crate::processor::Processor;
@@ -12,6 +14,7 @@ use crate::samples::Sampler;
 use graphs::Logits;
 use serde_json::json;
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 pub fn run(args: &CalibrateArgs, printer: &Printer) -> Result<(), Failure> {
     let request = Request {
@@ -53,7 +56,23 @@ pub fn run(args: &CalibrateArgs, printer: &Printer) -> Result<(), Failure> {
             .warning("the samples have no pictures: the vision network is not calibrated, and no picture features are");
     }
     let lesson = lesson(&compiled, &processor);
-    let options = GatherOptions { rows: args.rows, together: args.together, dtype: compiled.dtype };
+    let start = Instant::now();
+    let machine = match args.device {
+        DeviceChoice::Cpu => None,
+        DeviceChoice::Cuda => Some(Machine::open()?),
+        // Without a driver there is nothing to say; a GPU that cannot be used should be known of.
+        DeviceChoice::Auto => match Machine::open() {
+            Ok(machine) => Some(machine),
+            Err(GpuError::Device(DeviceError::NoDriver)) => None,
+            Err(error) => {
+                printer.warning(&format!("calibrating on the CPU, the GPU cannot be used: {error}"));
+                None
+            }
+        },
+    };
+    let device = machine.as_ref().map_or_else(|| "CPU".into(), Machine::name);
+    let (rows, together) = (args.rows, args.together);
+    let options = GatherOptions { rows, together, dtype: compiled.dtype, machine: machine.as_ref() };
     let bar = printer.progress("Calibrating", &args.model, 1);
     let model = fingerprint(&compiled.source)?;
     let progress = |done, total| bar.set(done, total);
@@ -63,11 +82,12 @@ pub fn run(args: &CalibrateArgs, printer: &Printer) -> Result<(), Failure> {
     }
     let size = std::fs::metadata(&args.output).map_or(0, |metadata| metadata.len());
     let tokens: usize = samples.iter().map(|sample| sample.prompt.len() + sample.answer.len()).sum();
-    let text = format!("{} samples, {tokens} tokens, {} of statistics", samples.len(), bytes(size));
+    let text = format!("{} samples, {tokens} tokens on {device}, {} of statistics", samples.len(), bytes(size));
     printer.finish(bar, "Calibrating", &text);
     if printer.is_json() {
         printer.json(&json!({
             "schema": 1, "statistics": args.output, "samples": samples.len(), "tokens": tokens, "resumed": resumed,
+            "device": device, "seconds": start.elapsed().as_secs_f64(), "peak_bytes": status_bytes("self", "VmHWM"),
         }));
     }
     Ok(())

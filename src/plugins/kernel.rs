@@ -1,4 +1,4 @@
-//! Kernels of a plugin: their machine code, where it is kept, and how it is started.
+//! Kernels of a plugin or of calibration: their machine code, where it is kept, and how it is started.
 use super::nvrtc::{CompileError, Nvrtc};
 use cudarc::driver::{result, sys};
 use serde::Serialize;
@@ -41,7 +41,7 @@ impl Compiler {
 }
 
 /// Machine code, loaded into the GPU at its first use.
-pub(super) struct Kernels {
+pub(crate) struct Kernels {
     code: Arc<[u8]>,
     module: OnceLock<Result<Module, String>>,
 }
@@ -63,14 +63,14 @@ impl Drop for Module {
 
 /// How a kernel is started: blocks, threads of a block, bytes of dynamic shared memory.
 #[derive(Clone, Copy)]
-pub(super) struct Launch {
-    pub(super) grid: [usize; 3],
-    pub(super) threads: u32,
-    pub(super) shared: usize,
+pub(crate) struct Launch {
+    pub(crate) grid: [usize; 3],
+    pub(crate) threads: u32,
+    pub(crate) shared: usize,
 }
 
 impl Kernels {
-    pub(super) fn new(code: Arc<[u8]>) -> Kernels {
+    pub(crate) fn new(code: Arc<[u8]>) -> Kernels {
         Kernels { code, module: OnceLock::new() }
     }
 
@@ -109,7 +109,7 @@ impl Kernels {
     ///
     /// # Errors
     /// What the driver says.
-    pub(super) unsafe fn launch(
+    pub(crate) unsafe fn launch(
         &self,
         name: &str,
         launch: Launch,

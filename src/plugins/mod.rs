@@ -15,6 +15,7 @@ pub use collective::{CollectivePlugin, CollectiveShape, Join};
 pub use communicator::{Communicator, CommunicatorError};
 pub use greedy::GreedyPlugin;
 pub use kernel::Compiler;
+pub(crate) use kernel::{Kernels, Launch};
 pub use nccl::UniqueId;
 pub use nvrtc::{CompileError, Nvrtc};
 

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-pub use sweep::{Seen, sweep};
+pub use sweep::{Seen, compute, sizes, sweep};
 use thiserror::Error;
 
 /// Where weights come from; values are dequantized, row-major, of the weight's logical shape.
@@ -92,7 +92,7 @@ impl Interpreter {
     /// The first weight that cannot be read or has the wrong size.
     pub fn new(network: Network, source: &dyn Values) -> Result<Interpreter, InterpretError> {
         let weights = Weights::load(network.weights(), source)?;
-        let last_use = last_use(&network);
+        let last_use = network.last_use();
         Ok(Interpreter { network, weights, last_use, collective: None, rounded: false })
     }
 
@@ -192,20 +192,6 @@ fn bind<K: Borrow<str> + Ord>(
         }
     }
     Ok(axes)
-}
-
-/// For each node the position of its last reader, after which its value is dropped.
-fn last_use(network: &Network) -> Vec<usize> {
-    let mut last_use: Vec<usize> = (0..network.nodes.len()).collect();
-    for (position, node) in network.nodes.iter().enumerate() {
-        for input in &node.inputs {
-            last_use[input.0] = position;
-        }
-    }
-    for (_, id) in &network.outputs {
-        last_use[id.0] = usize::MAX;
-    }
-    last_use
 }
 
 /// Weights in memory, by key.

@@ -1,6 +1,6 @@
 //! Many samples through a network node by node: all of them pass a node before the next one's weights are read, so that
 //! memory holds one node's weights and the live values of the samples, never the whole model.
-use super::{Array, Caches, InterpretError, Values, Weights, bind, fail, last_use};
+use super::{Array, Caches, InterpretError, Values, Weights, bind, fail};
 use crate::{Axis, Network, Node, Op};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
@@ -30,7 +30,7 @@ pub fn sweep(
     samples: Vec<BTreeMap<String, Array>>,
     see: &mut dyn FnMut(Seen<'_>),
 ) -> Result<Vec<BTreeMap<String, Array>>, InterpretError> {
-    let last_use = last_use(network);
+    let last_use = network.last_use();
     let sample = |inputs: BTreeMap<String, Array>| {
         let values = Vec::with_capacity(network.nodes.len());
         Ok(Sample { axes: bind(network, &inputs)?, inputs, values })
@@ -68,9 +68,40 @@ impl Sample {
         if node.op == Op::Input {
             return Ok(self.inputs.remove(&node.path));
         }
-        let size = |axis| self.axes.get(&axis).copied().unwrap_or(0);
-        let mut caches = Caches::of(node, size(Axis::Batch), size(Axis::Tokens));
-        let value = weights.evaluate(node, &self.read(node)?, &self.axes, &mut caches);
-        value.map(Some).map_err(|reason| fail(node, reason))
+        one(node, weights, &self.read(node)?, &self.axes).map(Some)
     }
+}
+
+/// Computes one node, which is no input, for one sample.
+fn one(
+    node: &Node,
+    weights: &Weights,
+    inputs: &[&Array],
+    axes: &HashMap<Axis, usize>,
+) -> Result<Array, InterpretError> {
+    let size = |axis| axes.get(&axis).copied().unwrap_or(0);
+    let mut caches = Caches::of(node, size(Axis::Batch), size(Axis::Tokens));
+    weights.evaluate(node, inputs, axes, &mut caches).map_err(|reason| fail(node, reason))
+}
+
+/// Sizes of a sample's named dimensions, by its network inputs.
+///
+/// # Errors
+/// As [`super::Interpreter::run`] for inputs that do not fit.
+pub fn sizes(network: &Network, inputs: &BTreeMap<String, Array>) -> Result<HashMap<Axis, usize>, InterpretError> {
+    bind(network, inputs)
+}
+
+/// Computes one node, which is no input, for several samples beside each other; caches start empty. For whoever computes
+/// the other nodes elsewhere.
+///
+/// # Errors
+/// A weight that cannot be read, or inputs that do not fit the node.
+pub fn compute(
+    node: &Node,
+    source: &dyn Values,
+    samples: &[(&HashMap<Axis, usize>, Vec<&Array>)],
+) -> Result<Vec<Array>, InterpretError> {
+    let weights = Weights::load(node.op.weights().into_iter().map(|weight| (node, weight)), source)?;
+    samples.par_iter().map(|(axes, inputs)| one(node, &weights, inputs, axes)).collect()
 }
