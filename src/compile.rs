@@ -5,7 +5,7 @@ use crate::engine_dir::{SizeError, SizeRequest, Sizes};
 use crate::passes::{self, PassError, Passed};
 use crate::source::{ModelError, ModelSource};
 use crate::vision_tower;
-use graphs::{DType, Logits};
+use graphs::{DType, Logits, Network};
 use quant::{Entry, Method, QuantError, Recipe, Source, SourceError};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -107,6 +107,10 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     let networks = source.networks(dtype, request.logits)?;
     if vision.name != "none" && networks.iter().all(|network| network.name != "vision") {
         return Err(CompileError::NoVision);
+    }
+    for (recipe, seen) in [(&vision, true), (&language, false)] {
+        let own: Vec<&Network> = networks.iter().filter(|network| (network.name == "vision") == seen).collect();
+        passes::check_recipe(recipe, &own)?;
     }
     let mut quantization = BTreeMap::new();
     let mut passed = Vec::new();

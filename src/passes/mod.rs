@@ -125,6 +125,19 @@ pub fn run(network: Network, plan: &Plan<'_>) -> Result<Passed, PassError> {
     Ok(passed)
 }
 
+/// Refuses a recipe that does nothing, in whole or in part, to the networks that it is for.
+///
+/// # Errors
+/// A rule that matches nothing, or a layer that cannot have what a rule says.
+pub fn check_recipe(recipe: &Recipe, networks: &[&Network]) -> Result<(), PassError> {
+    let mut assignments = Vec::new();
+    for network in networks {
+        assignments.extend(assign(network, recipe)?);
+    }
+    let names = || networks.iter().map(|network| network.name.as_str()).collect::<Vec<_>>().join("`, `");
+    quant::check_used(recipe, &assignments).map_err(|source| PassError::Quantize { network: names(), source })
+}
+
 fn assign(network: &Network, recipe: &Recipe) -> Result<Vec<Assignment>, PassError> {
     let linears = network.nodes.iter().filter_map(|node| match &node.op {
         Op::Linear { weight, .. } => match weight.shape()[..] {
@@ -133,5 +146,6 @@ fn assign(network: &Network, recipe: &Recipe) -> Result<Vec<Assignment>, PassErr
         },
         _ => None,
     });
-    quant::assign(recipe, linears).map_err(|source| PassError::Quantize { network: network.name.clone(), source })
+    let failed = |source| PassError::Quantize { network: network.name.clone(), source };
+    quant::assign_part(recipe, linears).map_err(failed)
 }

@@ -86,14 +86,19 @@ pub(super) fn scale_by(x: &Array, weight: &[f32], divide: bool) -> Result {
 
 /// Each token by `scale`, or by its own.
 pub(super) fn quantize_input(x: &Array, scale: Option<f32>, wide: bool) -> Result {
-    let steps = if wide { 127.5 } else { 127.0 };
     let mut data = x.floats()?.to_vec();
-    data.par_chunks_exact_mut(x.width()).for_each(|token| {
+    round_tokens(&mut data, x.width(), scale, wide);
+    Ok(Array::float(x.shape.clone(), data))
+}
+
+/// What [`crate::Op::QuantizeInput`] makes of tokens `[.., width]`.
+pub fn round_tokens(values: &mut [f32], width: usize, scale: Option<f32>, wide: bool) {
+    let steps = if wide { 127.5 } else { 127.0 };
+    values.par_chunks_exact_mut(width.max(1)).for_each(|token| {
         let most = token.iter().fold(0.0, |most: f32, value| most.max(value.abs()));
         let scale = scale.unwrap_or(if most > 0.0 { most / steps } else { 1.0 });
         token.iter_mut().for_each(|value| *value = (*value / scale).round_ties_even().clamp(-128.0, 127.0) * scale);
     });
-    Ok(Array::float(x.shape.clone(), data))
 }
 
 pub(super) fn binary(a: &Array, b: &Array, kind: BinaryKind) -> Result {
