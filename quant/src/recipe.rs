@@ -77,6 +77,19 @@ impl Method {
         matches!(self, Method::Awq | Method::Smooth { .. })
     }
 
+    /// What a recipe's word for it adds to the format's; nothing for the plainest.
+    pub fn word(self) -> &'static str {
+        match self {
+            Method::Nearest => "",
+            Method::Mse => "mse",
+            Method::Awq => "awq",
+            Method::Smooth { per_token: false, .. } => "sq",
+            Method::Smooth { per_token: true, .. } => "sq-token",
+            Method::Absmax { per_token: false } => "absmax",
+            Method::Absmax { per_token: true } => "absmax-token",
+        }
+    }
+
     /// Whether inputs are quantized, and then whether each token by itself.
     pub fn quantizes_inputs(self) -> Option<bool> {
         match self {

@@ -1,12 +1,14 @@
 //! `build`: a checkpoint becomes a directory of engines.
+use super::{mixed, quality};
 use crate::assemble::{Assembly, EngineTarget, Event, assemble};
 use crate::backend::{self, Kind};
 use crate::builder::{BuildEvent, LocalSpec, Supervisor};
 use crate::checkpoint::{Checkpoint, Download, HubSettings, Options};
 use crate::cli::{BuildArgs, ModelOptions, Target};
-use crate::compile::{Compiled, Request, compile};
+use crate::compile::{Chosen, Compiled, Request, compile};
 use crate::engine_dir::{Manifest, SizeRequest};
 use crate::failure::{Exit, Failure};
+use crate::quality::Layer;
 use crate::report::{Printer, Progress, bytes, duration};
 use graphs::Logits;
 use serde_json::{Value, json};
@@ -23,6 +25,7 @@ pub(super) fn request(options: &ModelOptions) -> Request {
         dtype: options.dtype.0,
         quant: options.quant.clone(),
         vision_quant: options.vision_quant.clone(),
+        chosen: Chosen::default(),
         calibration: options.calibration.clone(),
         tp: options.tp,
         sizes: SizeRequest {
@@ -72,17 +75,27 @@ fn engine_target(args: &BuildArgs) -> Result<Option<EngineTarget>, Failure> {
 }
 
 pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
-    let (manifest, engines) = build(args, printer)?;
+    let Built { manifest, engines, layers } = build(args, printer)?;
     if printer.is_json() {
+        let quality = quality::to_json(layers.as_ref());
         printer.json(&json!({
-            "schema": 1, "directory": args.output, "manifest": manifest, "engines": engines,
+            "schema": 1, "directory": args.output, "manifest": manifest, "engines": engines, "quality": quality,
         }));
     }
     Ok(())
 }
 
-/// Builds and reports on standard error; what `demo` does too. Gives also what each engine took.
-pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Vec<Value>), Failure> {
+/// What a build has made.
+pub(super) struct Built {
+    pub(super) manifest: Manifest,
+    /// What each engine took.
+    pub(super) engines: Vec<Value>,
+    /// What became of each layer, where that was asked for.
+    pub(super) layers: Option<Vec<Layer>>,
+}
+
+/// Builds and reports on standard error; what `demo` does too.
+pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<Built, Failure> {
     let start = Instant::now();
     let options = &args.options;
     if options.tp > 1 && options.target.contains(&Target::Tensorrt) {
@@ -91,11 +104,13 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Ve
     }
     let engines = engine_target(args)?;
     let request = Request { dump: args.dump.clone(), marks: args.mark.clone(), ..request(options) };
+    quality::check_place(args.quality.report.as_deref())?;
+    let request = mixed::resolve(&request, printer)?;
     let mut compiled = compile_reported(&request, printer)?;
     if options.target.contains(&Target::Rtx) {
         check_gpus(&compiled, &gpus(options))?;
     }
-    search(&mut compiled, printer)?;
+    let layers = quality::search_and_measure(&mut compiled, &request, &args.quality, printer)?;
     let interrupted = on_interrupt()?;
     let program = std::env::current_exe().map_err(|error| Failure::of(Exit::Environment, &error))?;
     let supervisor = Supervisor {
@@ -117,7 +132,12 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<(Manifest, Ve
     let size: u64 = manifest.files.values().map(|file| file.bytes).sum();
     let text = format!("{} ({}) in {}", args.output.display(), bytes(size), duration(start.elapsed()));
     printer.status("Finished", &text);
-    Ok((manifest, reporter.engines))
+    Ok(Built { manifest, engines: reporter.engines, layers })
+}
+
+/// Where checkpoints may come from, without a word on the way.
+pub(super) fn quiet_options() -> Options<'static> {
+    Options { hub: HubSettings::from_environment(), progress: None }
 }
 
 /// Reads headers and says what was found and decided.
@@ -196,7 +216,7 @@ fn gpus(options: &ModelOptions) -> Vec<u32> {
 }
 
 /// The last part of a folder's path, or the hub id: no path of this machine goes into the directory.
-fn name(model: &str) -> String {
+pub(super) fn name(model: &str) -> String {
     let path = Path::new(model);
     let folder = path.is_dir().then(|| path.canonicalize().ok()).flatten();
     let last = folder.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());

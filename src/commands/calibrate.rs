@@ -3,7 +3,7 @@ use super::build::compile_reported;
 use super::eval::{Task, lesson, sampler_config};
 use crate::calibration::{GatherOptions, fingerprint, gather};
 use crate::cli::CalibrateArgs;
-use crate::compile::Request;
+use crate::compile::{Chosen, Request};
 use crate::engine_dir::SizeRequest;
 use crate::failure::{Exit, Failure};
 use crate::processor::Processor;
@@ -21,6 +21,7 @@ pub fn run(args: &CalibrateArgs, printer: &Printer) -> Result<(), Failure> {
         dtype: args.dtype.0,
         quant: "none".into(),
         vision_quant: "none".into(),
+        chosen: Chosen::default(),
         calibration: None,
         tp: 1,
         // Prompts as long as the model takes them.

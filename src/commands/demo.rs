@@ -1,7 +1,7 @@
 //! `demo`: the main job on a machine without a GPU: build, then answer about a picture.
-use super::build::build;
+use super::build::{Built, build};
 use super::{backend as backend_command, run as run_command};
-use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, ModelOptions, Target};
+use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, ModelOptions, QualityArgs, Target};
 use crate::engine_dir::{EngineDirectory, Manifest};
 use crate::failure::{Exit, Failure};
 use crate::processor::Picture;
@@ -66,7 +66,7 @@ fn demonstrate(
     let mut answers = Vec::new();
     for quant in ["none", "int4"] {
         let directory = output.join(quant);
-        let (manifest, _) = build(&arguments(model, quant, &directory), printer)?;
+        let Built { manifest, .. } = build(&arguments(model, quant, &directory), printer)?;
         let mut session = run_command::open(&EngineDirectory::open(&directory)?, Some(Target::Reference))?;
         let prompt = if question.is_empty() { "What is shown?" } else { question };
         let ask = Ask { prompt, pictures: std::slice::from_ref(picture) };
@@ -87,6 +87,7 @@ fn demonstrate(
 
 fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
     BuildArgs {
+        quality: QualityArgs::default(),
         options: ModelOptions {
             model: model.display().to_string(),
             language: None,
