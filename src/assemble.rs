@@ -140,6 +140,11 @@ pub fn assemble(
         }
         Ok(built)
     })?;
+    for (name, text) in [(RECIPE, &compiled.chosen.language), (VISION_RECIPE, &compiled.chosen.vision)] {
+        if let Some(text) = text {
+            staging.write(name, text.as_bytes())?;
+        }
+    }
     staging.discard(WORK)?;
     copy_processor(compiled, &staging)?;
     compiled.source.checkpoints().try_for_each(Checkpoint::unchanged)?;
@@ -173,6 +178,10 @@ pub fn assemble(
         built_at: manifest::timestamp(),
     })?)
 }
+
+/// Recipes that were chosen for the model; as `--quant` and `--vision-quant` they give the same again.
+pub const RECIPE: &str = "recipe.toml";
+pub const VISION_RECIPE: &str = "vision-recipe.toml";
 
 /// Files that only the build itself needs.
 const WORK: &str = ".work";

@@ -47,7 +47,7 @@ pub enum Command {
     #[command(after_help = "Examples:\n  trtvlm build ./llava-1.5-7b-hf -o engines --quant int4 --gpu sm89,sm120\n  \
         trtvlm build ./llava-1.5-7b-hf -o engines --target reference --dtype float32")]
     Build(BuildArgs),
-    /// Show what a build would do, from the checkpoint's headers alone
+    /// Show what a build would do, from the checkpoint's headers alone (but for --report, --max-error and auto:BITS)
     #[command(after_help = "Examples:\n  trtvlm plan ./llava-1.5-7b-hf --quant int4\n  \
         trtvlm plan ./llava-1.5-7b-hf --json | jq .networks")]
     Plan(PlanArgs),
@@ -125,8 +125,8 @@ pub struct ModelOptions {
     /// Type of weights and activations; auto is the checkpoint's own
     #[arg(long, default_value = "auto", value_parser = dtype)]
     pub dtype: DTypeChoice,
-    /// Language part: none, int8, int4 (-gN, -channel), int4-mse, int4-awq, int8-sq, int8-sq-token ..., or a recipe
-    /// (FILE.toml)
+    /// Language part: none, int8, int4 (-gN, -channel), int4-mse, int4-awq, int8-sq, int8-sq-token ..., auto:BITS
+    /// (mean bits of a weight, formats by what each layer loses), or a recipe (FILE.toml)
     #[arg(long, default_value = "none")]
     pub quant: String,
     /// Vision part and projector, likewise
@@ -176,10 +176,28 @@ impl EmbeddingSharding {
     }
 }
 
+/// What quantization costs each layer.
+#[derive(Debug, Default, Args)]
+pub struct QualityArgs {
+    /// Measure what quantization does to each layer, on the rows of --calibration where they are given, and write a page
+    #[arg(long, value_name = "FILE.html")]
+    pub report: Option<PathBuf>,
+    /// Fail before anything is built if a layer's relative output error is larger
+    #[arg(long, value_name = "ERROR", value_parser = bound)]
+    pub max_error: Option<f64>,
+}
+
+fn bound(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|bound: &f64| bound.is_finite() && *bound >= 0.0);
+    number.ok_or_else(|| "wanted a number from 0 on".into())
+}
+
 #[derive(Debug, Args)]
 pub struct BuildArgs {
     #[command(flatten)]
     pub options: ModelOptions,
+    #[command(flatten)]
+    pub quality: QualityArgs,
     /// The directory to write; an engine directory there is replaced
     #[arg(short, long)]
     pub output: PathBuf,
@@ -205,6 +223,8 @@ pub struct BuildArgs {
 pub struct PlanArgs {
     #[command(flatten)]
     pub options: ModelOptions,
+    #[command(flatten)]
+    pub quality: QualityArgs,
     /// As `build` takes it, for the memory that it needs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = jobs)]
     pub jobs: usize,
@@ -416,6 +436,9 @@ pub struct EvalTextArgs {
     /// As `build` takes it, for every scheme; compared with a cache of the networks' own type
     #[arg(long, value_enum, default_value = "auto")]
     pub kv_cache: KvCache,
+    /// Write a page with what each scheme does to each layer, and the figures of the whole model
+    #[arg(long, value_name = "FILE.html")]
+    pub report: Option<PathBuf>,
     #[arg(long, default_value = "auto", value_parser = dtype)]
     pub dtype: DTypeChoice,
 }
@@ -445,6 +468,9 @@ pub struct EvalPicturesArgs {
     /// Only the first pictures
     #[arg(long)]
     pub limit: Option<usize>,
+    /// Write a page with what each scheme does to each layer, and the figures of the whole model
+    #[arg(long, value_name = "FILE.html")]
+    pub report: Option<PathBuf>,
     #[arg(long, default_value = "auto", value_parser = dtype)]
     pub dtype: DTypeChoice,
 }

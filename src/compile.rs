@@ -6,8 +6,9 @@ use crate::passes::{self, PassError, Passed};
 use crate::source::{ModelError, ModelSource};
 use crate::vision_tower;
 use clap::ValueEnum;
-use graphs::{DType, Logits};
+use graphs::{DType, Logits, Network};
 use quant::{Entry, Method, QuantError, Recipe, Source, SourceError};
+use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -49,7 +50,7 @@ impl CompileError {
 }
 
 /// One of these is a tokenizer.
-pub const TOKENIZERS: [&str; 2] = ["tokenizer.json", "tokenizer.model"];
+pub const TOKENIZERS: [&str; 3] = ["tokenizer.json", "tokenizer.model", "spiece.model"];
 
 /// How keys and values of earlier tokens are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -76,6 +77,8 @@ pub struct Request {
     /// Preset or recipe file of the language network.
     pub quant: String,
     pub vision_quant: String,
+    /// Recipes in place of names that stand for none until one is chosen for the model.
+    pub chosen: Chosen,
     /// A file that `calibrate` wrote.
     pub calibration: Option<PathBuf>,
     pub kv_cache: KvCache,
@@ -90,6 +93,13 @@ pub struct Request {
     pub marks: Vec<String>,
 }
 
+/// Texts of recipes that were chosen for a model (`auto:BITS`).
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Chosen {
+    pub language: Option<String>,
+    pub vision: Option<String>,
+}
+
 pub struct Compiled {
     pub source: ModelSource,
     pub dtype: DType,
@@ -102,6 +112,9 @@ pub struct Compiled {
     pub networks: Vec<Passed>,
     /// Name of the recipe of each sub-network.
     pub quantization: BTreeMap<String, String>,
+    pub chosen: Chosen,
+    language_recipe: Recipe,
+    vision_recipe: Recipe,
     statistics: Option<Statistics>,
     vectors: Vectors,
 }
@@ -114,8 +127,12 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     if request.tp == 0 {
         return Err(CompileError::NoRanks);
     }
-    let language = Recipe::load(&request.quant)?;
-    let vision = Recipe::load(&request.vision_quant)?;
+    let load = |name: &str, chosen: &Option<String>| match chosen {
+        Some(text) => Recipe::parse(text, name),
+        None => Recipe::load(name),
+    };
+    let language = load(&request.quant, &request.chosen.language)?;
+    let vision = load(&request.vision_quant, &request.chosen.vision)?;
     let open = |model: &str| Checkpoint::open(model, options).map_err(ModelError::from);
     let checkpoint = open(&request.model)?;
     let from_hub = !Path::new(&request.model).exists();
@@ -136,6 +153,10 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     let networks = source.networks(dtype, request.logits)?;
     if vision.name != "none" && networks.iter().all(|network| network.name != "vision") {
         return Err(CompileError::NoVision);
+    }
+    for (recipe, seen) in [(&vision, true), (&language, false)] {
+        let own: Vec<&Network> = networks.iter().filter(|network| (network.name == "vision") == seen).collect();
+        passes::check_recipe(recipe, &own)?;
     }
     let mut quantization = BTreeMap::new();
     let mut passed = Vec::new();
@@ -182,8 +203,20 @@ pub fn compile(request: &Request, options: &Options<'_>) -> Result<Compiled, Com
     let wanted = || passed.iter().flat_map(|passed| &passed.wanted);
     let statistics = statistics(request, &source, dtype, wanted())?;
     let vectors = Vectors::new(wanted());
-    let (tp, divide_embedding) = (request.tp, request.tp > 1 && request.divide_embedding);
-    Ok(Compiled { source, dtype, sizes, tp, divide_embedding, networks: passed, quantization, statistics, vectors })
+    Ok(Compiled {
+        source,
+        dtype,
+        sizes,
+        tp: request.tp,
+        divide_embedding: request.tp > 1 && request.divide_embedding,
+        networks: passed,
+        quantization,
+        chosen: request.chosen.clone(),
+        language_recipe: language,
+        vision_recipe: vision,
+        statistics,
+        vectors,
+    })
 }
 
 /// The file of statistics where one is needed: of this model, with all that is wanted in it.
@@ -198,12 +231,18 @@ fn statistics<'w>(
         return Ok(None);
     }
     let path = request.calibration.as_ref().ok_or(StatisticsError::NoStatistics)?;
-    let statistics = Statistics::open(path)?;
-    statistics.check(&fingerprint(source)?, dtype)?;
+    let statistics = open_statistics(path, source, dtype)?;
     if let Some(input) = inputs.into_iter().find(|input| !statistics.has(input)) {
         return Err(StatisticsError::Lacks { path: path.clone(), input: input.into() }.into());
     }
     Ok(Some(statistics))
+}
+
+/// Those of this model, or none.
+fn open_statistics(path: &Path, source: &ModelSource, dtype: DType) -> Result<Statistics, CompileError> {
+    let statistics = Statistics::open(path)?;
+    statistics.check(&fingerprint(source)?, dtype)?;
+    Ok(statistics)
 }
 
 /// The checkpoint's tensors, and the vectors found for its quantization.
@@ -221,6 +260,26 @@ impl Compiled {
     /// Number of vectors that [`Self::search`] finds.
     pub fn searches(&self) -> usize {
         self.networks.iter().map(|passed| passed.wanted.len()).sum()
+    }
+
+    /// Opens statistics that the quantization itself can do without.
+    ///
+    /// # Errors
+    /// A file that is none, or of another model or type.
+    pub fn open_statistics(&mut self, path: &Path) -> Result<(), CompileError> {
+        if self.statistics.is_none() {
+            self.statistics = Some(open_statistics(path, &self.source, self.dtype)?);
+        }
+        Ok(())
+    }
+
+    pub fn statistics(&self) -> Option<&Statistics> {
+        self.statistics.as_ref()
+    }
+
+    /// What decides for a network's layers.
+    pub fn recipe(&self, network: &str) -> &Recipe {
+        if network == "vision" { &self.vision_recipe } else { &self.language_recipe }
     }
 
     /// Takes over what was found for the same quantization.
@@ -256,7 +315,7 @@ impl Compiled {
         let mut algorithm = Value::Null;
         let mut group = 0;
         for (format, method) in choices {
-            algorithm = json!(match (format, rounded) {
+            let own = json!(match (format, rounded) {
                 (Format::Int8, None) => "W8A16",
                 (Format::Int8, Some(true)) => "W8A8_SQ_PER_CHANNEL",
                 (Format::Int8, Some(false)) => "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
@@ -265,6 +324,8 @@ impl Compiled {
                     "W4A16_AWQ",
                 (Format::Int4 { .. }, _) => "W4A16",
             });
+            let mixed = !algorithm.is_null() && algorithm != own;
+            algorithm = if mixed { json!("MIXED_PRECISION") } else { own };
             if let Format::Int4 { group: size } = format {
                 group = group.max(size);
             }

@@ -1,6 +1,6 @@
 //! What a command says when it cannot do what it was asked: one message, its causes, a hint, an exit code.
 use crate::report::Printer;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::error::Error;
 
 /// Exit codes.
@@ -63,13 +63,15 @@ impl Failure {
         self
     }
 
+    /// The `error` object of a command's JSON.
+    pub fn to_json(&self) -> Value {
+        json!({ "message": self.message, "causes": self.causes, "hint": self.hint, "exit": self.exit as u8 })
+    }
+
     /// Writes the failure where the user looks for it.
     pub fn report(&self, printer: &Printer) {
         if printer.is_json() && !self.told {
-            let error = json!({
-                "message": self.message, "causes": self.causes, "hint": self.hint, "exit": self.exit as u8,
-            });
-            printer.json(&json!({ "schema": 1, "error": error }));
+            printer.json(&json!({ "schema": 1, "error": self.to_json() }));
         }
         printer.failure(self);
     }
@@ -93,6 +95,7 @@ failure_from! {
     crate::calibration::StatisticsError => Exit::Refused,
     crate::compile::CompileError => Exit::Refused,
     crate::launch::LaunchError => Exit::Refused,
+    crate::mixed::MixedError => Exit::Refused,
     crate::samples::SampleError => Exit::Refused,
     crate::runtime::RuntimeError => Exit::Refused,
     crate::engine_dir::DirectoryError => Exit::Refused,

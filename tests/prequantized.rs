@@ -5,6 +5,8 @@ mod common;
 mod files;
 #[path = "prequantized/logits.rs"]
 mod logits;
+#[path = "prequantized/names.rs"]
+mod names;
 #[path = "prequantized/pack.rs"]
 mod pack;
 #[path = "prequantized/refused.rs"]
@@ -14,19 +16,11 @@ use common::*;
 use files::peer;
 use graphs::{DType, Op};
 use logits::{golden, logits, open, relative};
+use names::PEERS;
 use pack::{Matrix, Tool, Variant, model};
 use quant::{materialize, to_f32, unpack};
 use std::collections::BTreeMap;
 use std::path::Path;
-
-const PEERS: [&str; 6] = [
-    "autoawq-gemm-g128-asymmetric",
-    "compressed-tensors-w4a16-g128",
-    "compressed-tensors-w8a8-dynamic",
-    "gptq-g64-asymmetric",
-    "unified-w4a16-awq",
-    "unified-w8a8-sq",
-];
 
 #[test]
 fn logits_are_those_of_the_tools() {

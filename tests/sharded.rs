@@ -3,17 +3,20 @@
 mod common;
 #[path = "prequantized/files.rs"]
 mod files;
+#[path = "prequantized/names.rs"]
+mod names;
 
 use common::*;
-use files::{PEERS, peer};
+use files::peer;
 use graphs::interpret::{Collective, Group};
 use graphs::{DType, Entry, Logits, Op};
+use names::PEERS;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use trtvlm::checkpoint::Options;
-use trtvlm::compile::{CompileError, Compiled, Request, compile};
+use trtvlm::compile::{Chosen, CompileError, Compiled, KvCache, Request, compile};
 use trtvlm::engine_dir::{EngineConfig, SizeRequest};
 use trtvlm::runtime::{Executor, Reference};
 use trtvlm::source::CheckpointValues;
@@ -40,10 +43,13 @@ impl Case {
             model: self.folder.to_str().unwrap().to_owned(),
             language: None,
             vision_tower: None,
+            tokenizer: None,
             dtype: Some(DType::Float32),
             quant: self.quant.to_owned(),
             vision_quant: "none".to_owned(),
+            chosen: Chosen::default(),
             calibration: self.calibration.clone(),
+            kv_cache: KvCache::Auto,
             tp: ranks,
             divide_embedding: self.divide_embedding,
             sizes: SizeRequest {

@@ -1,8 +1,10 @@
 //! Quantization recipes, round to nearest, packing, and materializing weight expressions from a checkpoint.
 pub mod awq;
+mod budget;
 mod check;
 mod clip;
 mod convert;
+mod deviation;
 mod error;
 mod materialize;
 mod matrix;
@@ -18,14 +20,16 @@ mod statistics;
 mod store;
 mod strip;
 
+pub use budget::{Price, allot};
 pub use clip::clip;
 pub use convert::{from_f32, to_f32};
+pub use deviation::Deviation;
 pub use error::QuantError;
 pub use materialize::{Stored, materialize, materialize_f32, materialize_with};
 pub use pack::{pack, unpack};
 pub use plain::{plain_entry, read_plain};
 pub use pool::Pool;
-pub use recipe::{Assignment, Method, Recipe, assign, path_glob};
+pub use recipe::{Assignment, Method, Recipe, assign, assign_part, check_used, path_glob};
 pub use rounded::round_to_nearest;
 pub use smooth::{ALPHAS, Smoothed, activation_scale, join_column_absmax, smooth};
 pub use source::{Entry, MemorySource, Source, SourceError};

@@ -1,13 +1,15 @@
 //! `build`: a checkpoint becomes a directory of engines.
+use super::{mixed, quality};
 use crate::assemble::{Assembly, EngineTarget, Event, assemble};
 use crate::backend::{self, Kind};
 use crate::builder::{BuildEvent, LocalSpec, Memory, Supervisor, status_bytes};
 use crate::checkpoint::{Checkpoint, Download, HubSettings, Options};
 use crate::cli::{BuildArgs, EmbeddingSharding, ModelOptions, Target};
-use crate::compile::{Compiled, KvCache, Request, TOKENIZERS, compile};
+use crate::compile::{Chosen, Compiled, KvCache, Request, TOKENIZERS, compile};
 use crate::engine_dir::{Manifest, SizeRequest};
 use crate::failure::{Exit, Failure};
 use crate::lower;
+use crate::quality::Layer;
 use crate::report::{Printer, Progress, bytes, duration};
 use graphs::Logits;
 use serde_json::{Value, json};
@@ -27,6 +29,7 @@ pub(super) fn request(options: &ModelOptions) -> Request {
         dtype: options.dtype.0,
         quant: options.quant.clone(),
         vision_quant: options.vision_quant.clone(),
+        chosen: Chosen::default(),
         calibration: options.calibration.clone(),
         kv_cache: options.kv_cache,
         tp: options.tp,
@@ -78,10 +81,11 @@ fn engine_target(args: &BuildArgs) -> Result<Option<EngineTarget>, Failure> {
 }
 
 pub fn run(args: &BuildArgs, printer: &Printer) -> Result<(), Failure> {
-    let Built { manifest, engines, peak_own_bytes } = build(args, printer)?;
+    let Built { manifest, engines, peak_own_bytes, layers } = build(args, printer)?;
     if printer.is_json() {
+        let quality = quality::to_json(layers.as_ref());
         printer.json(&json!({
-            "schema": 1, "directory": args.output, "manifest": manifest, "engines": engines,
+            "schema": 1, "directory": args.output, "manifest": manifest, "engines": engines, "quality": quality,
             "peak_own_memory_bytes": peak_own_bytes,
             "parent_peak_memory_bytes": status_bytes("self", "VmHWM"),
         }));
@@ -96,6 +100,8 @@ pub(super) struct Built {
     engines: Vec<Value>,
     /// The most that all children together had for themselves.
     peak_own_bytes: u64,
+    /// What became of each layer, where that was asked for.
+    layers: Option<Vec<Layer>>,
 }
 
 /// Builds and reports on standard error; what `demo` does too.
@@ -105,11 +111,13 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<Built, Failur
     check_kv_cache(options)?;
     let engines = engine_target(args)?;
     let request = Request { dump: args.dump.clone(), marks: args.mark.clone(), ..request(options) };
+    quality::check_place(args.quality.report.as_deref())?;
+    let request = mixed::resolve(&request, printer)?;
     let mut compiled = compile_reported(&request, printer)?;
     if options.target.contains(&Target::Rtx) {
         check_gpus(&compiled, &gpus(options))?;
     }
-    search(&mut compiled, printer)?;
+    let layers = quality::search_and_measure(&mut compiled, &request, &args.quality, printer)?;
     let interrupted = on_interrupt()?;
     let program = std::env::current_exe().map_err(|error| Failure::of(Exit::Environment, &error))?;
     let memory = Memory::default();
@@ -135,7 +143,7 @@ pub(super) fn build(args: &BuildArgs, printer: &Printer) -> Result<Built, Failur
     let text = format!("{} ({}) in {}", args.output.display(), bytes(size), duration(start.elapsed()));
     printer.status("Finished", &text);
     let engines = reporter.engines.into_values().collect();
-    Ok(Built { manifest, engines, peak_own_bytes: memory.most() })
+    Ok(Built { manifest, engines, peak_own_bytes: memory.most(), layers })
 }
 
 /// Refuses what a target cannot keep.
@@ -155,6 +163,11 @@ pub(super) fn check_kv_cache(options: &ModelOptions) -> Result<(), Failure> {
         }
         _ => Ok(()),
     }
+}
+
+/// Where checkpoints may come from, without a word on the way.
+pub(super) fn quiet_options() -> Options<'static> {
+    Options { hub: HubSettings::from_environment(), progress: None }
 }
 
 /// Reads headers and says what was found and decided.
@@ -241,7 +254,7 @@ fn gpus(options: &ModelOptions) -> Vec<u32> {
 }
 
 /// The last part of a folder's path, or the hub id: no path of this machine goes into the directory.
-fn name(model: &str) -> String {
+pub(super) fn name(model: &str) -> String {
     let path = Path::new(model);
     let folder = path.is_dir().then(|| path.canonicalize().ok()).flatten();
     let last = folder.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());

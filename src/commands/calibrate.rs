@@ -4,7 +4,7 @@ use super::eval::{Task, lesson, sampler_config};
 use crate::builder::status_bytes;
 use crate::calibration::{GatherOptions, GpuError, Machine, fingerprint, gather};
 use crate::cli::{CalibrateArgs, DeviceChoice};
-use crate::compile::{KvCache, Request};
+use crate::compile::{Chosen, KvCache, Request};
 use crate::device::DeviceError;
 use crate::engine_dir::SizeRequest;
 use crate::failure::{Exit, Failure};
@@ -25,6 +25,7 @@ pub fn run(args: &CalibrateArgs, printer: &Printer) -> Result<(), Failure> {
         dtype: args.dtype.0,
         quant: "none".into(),
         vision_quant: "none".into(),
+        chosen: Chosen::default(),
         calibration: None,
         kv_cache: KvCache::Auto,
         tp: 1,

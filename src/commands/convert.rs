@@ -1,7 +1,7 @@
 //! `convert`: a checkpoint in TensorRT-LLM's format, divided among ranks.
 use super::build::compile_reported;
 use crate::cli::ConvertArgs;
-use crate::compile::Request;
+use crate::compile::{Chosen, KvCache, Request};
 use crate::convert::{ConvertError, Order, convert};
 use crate::engine_dir::{DirectoryError, SizeRequest};
 use crate::failure::{Exit, Failure};
@@ -20,9 +20,12 @@ pub fn run(args: &ConvertArgs, printer: &Printer) -> Result<(), Failure> {
         dtype: args.dtype.0,
         quant: "none".into(),
         vision_quant: "none".into(),
+        chosen: Chosen::default(),
         calibration: None,
+        kv_cache: KvCache::Auto,
         // Engines are not at stake: the format shares tensors in its own way.
         tp: 1,
+        divide_embedding: false,
         sizes: SizeRequest { max_batch_size: 1, ..SizeRequest::default() },
         logits: Logits::Last,
         dump: None,

@@ -1,7 +1,7 @@
 //! `demo`: the main job on a machine without a GPU: build, then answer about a picture.
-use super::build::build;
+use super::build::{Built, build};
 use super::{backend as backend_command, run as run_command};
-use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, EmbeddingSharding, ModelOptions, RankArgs, Target};
+use crate::cli::{BuildArgs, DTypeChoice, DemoArgs, EmbeddingSharding, ModelOptions, QualityArgs, RankArgs, Target};
 use crate::compile::KvCache;
 use crate::engine_dir::{EngineDirectory, Manifest};
 use crate::failure::{Exit, Failure};
@@ -67,7 +67,7 @@ fn demonstrate(
     let mut answers = Vec::new();
     for quant in ["none", "int4"] {
         let directory = output.join(quant);
-        let manifest = build(&arguments(model, quant, &directory), printer)?.manifest;
+        let Built { manifest, .. } = build(&arguments(model, quant, &directory), printer)?;
         let mut session =
             run_command::open(&EngineDirectory::open(&directory)?, Some(Target::Reference), &RankArgs::default())?;
         let prompt = if question.is_empty() { "What is shown?" } else { question };
@@ -89,6 +89,7 @@ fn demonstrate(
 
 fn arguments(model: &Path, quant: &str, output: &Path) -> BuildArgs {
     BuildArgs {
+        quality: QualityArgs::default(),
         options: ModelOptions {
             model: model.display().to_string(),
             language: None,

@@ -1,10 +1,12 @@
 //! `eval`: what quantization costs, on the reference.
 use super::build::{compile_reported, search};
+use super::{mixed, quality};
 use crate::cli::{EvalCommand, EvalPicturesArgs, EvalTextArgs};
-use crate::compile::{Compiled, KvCache, Request};
+use crate::compile::{Chosen, Compiled, KvCache, Request};
 use crate::engine_dir::{EngineConfig, SizeRequest};
 use crate::failure::{Exit, Failure};
 use crate::processor::{Picture, Processor};
+use crate::quality::Scheme;
 use crate::report::{Printer, table};
 use crate::runtime::{AnswerOptions, Ask, Reference, Session};
 use crate::samples::{Sample, Sampler, windows};
@@ -34,6 +36,7 @@ fn request(model: &str, dtype: Option<graphs::DType>, calibration: Option<&PathB
         dtype,
         quant: UNQUANTIZED.to_owned(),
         vision_quant: UNQUANTIZED.to_owned(),
+        chosen: Chosen::default(),
         calibration: calibration.cloned(),
         kv_cache: KvCache::Auto,
         tp: 1,
@@ -88,8 +91,25 @@ pub(super) fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Failure 
     }
 }
 
+const TEXT_HEAD: [&str; 3] = ["quantization", "perplexity", "KL divergence"];
+
+/// The layers of one scheme for a report, where one is written.
+fn measured(
+    compiled: &mut Compiled,
+    request: &Request,
+    wanted: bool,
+    printer: &Printer,
+) -> Result<Option<Scheme>, Failure> {
+    if !wanted {
+        return Ok(None);
+    }
+    let layers = quality::measure(compiled, request, printer)?;
+    Ok(Some(quality::scheme(compiled, request.quant.clone(), layers)))
+}
+
 /// Perplexity: windows of tokens that see each other, the mean over every token but a window's first.
 fn text(args: &EvalTextArgs, printer: &Printer) -> Result<(), Failure> {
+    quality::check_place(args.report.as_deref())?;
     let prose = std::fs::read_to_string(&args.text).map_err(unreadable(&args.text))?;
     let request = request(&args.model, args.dtype.0, args.calibration.as_ref());
     let plain = compiled(&request, printer)?;
@@ -107,16 +127,19 @@ fn text(args: &EvalTextArgs, printer: &Printer) -> Result<(), Failure> {
     let samples = windows(tokens, window);
     let mut baseline = Baseline::new()?;
     let of_plain = scores(&plain, &processor, &samples, &mut baseline, printer)?;
-    drop(plain);
     let mut rows = Vec::new();
     let mut results = Vec::new();
+    let mut schemes = Vec::new();
     for quant in &args.quant {
         let found = if quant == UNQUANTIZED && args.kv_cache == KvCache::Auto {
             of_plain
         } else {
-            let compiled =
-                compiled(&Request { quant: quant.clone(), kv_cache: args.kv_cache, ..request.clone() }, printer)?;
-            scores(&compiled, &processor, &samples, &mut baseline, printer)?
+            let request = Request { quant: quant.clone(), kv_cache: args.kv_cache, ..request.clone() };
+            let request = mixed::resolve(&request, printer)?;
+            let mut compiled = compiled(&request, printer)?;
+            let found = scores(&compiled, &processor, &samples, &mut baseline, printer)?;
+            schemes.extend(measured(&mut compiled, &request, args.report.is_some(), printer)?);
+            found
         };
         let Scores { perplexity, divergence, .. } = found;
         rows.push(vec![quant.clone(), format!("{perplexity:.3}"), format!("{divergence:.5}")]);
@@ -127,7 +150,11 @@ fn text(args: &EvalTextArgs, printer: &Printer) -> Result<(), Failure> {
     if printer.is_json() {
         printer.json(&json!({ "schema": 1, "results": results }));
     } else {
-        printer.data(&table(&["quantization", "perplexity", "KL divergence"], &rows));
+        printer.data(&table(&TEXT_HEAD, &rows));
+    }
+    if let Some(report) = &args.report {
+        let page = quality::page(&plain, &request, Some((TEXT_HEAD.to_vec(), rows)), &schemes);
+        quality::write(report, &page, printer)?;
     }
     Ok(())
 }
@@ -183,9 +210,12 @@ impl Task {
     }
 }
 
+const PICTURES_HEAD: [&str; 5] = ["quantization", "exact match %", "character errors %", "perplexity", "KL divergence"];
+
 /// Exact match and character error rate of greedy answers; the likelihood of the expected ones, and how far the
 /// distributions along them are from the unquantized model's.
 fn pictures(args: &EvalPicturesArgs, printer: &Printer) -> Result<(), Failure> {
+    quality::check_place(args.report.as_deref())?;
     let task = Task::read(&args.pictures, &args.references, &args.task)?;
     let count = task.pictures.len().min(args.limit.unwrap_or(usize::MAX));
     let request = request(&args.model, args.dtype.0, args.calibration.as_ref());
@@ -197,12 +227,17 @@ fn pictures(args: &EvalPicturesArgs, printer: &Printer) -> Result<(), Failure> {
     let of_plain = scores(&plain, &processor, &samples, &mut baseline, printer)?;
     let mut rows = Vec::new();
     let mut results = Vec::new();
+    let mut schemes = Vec::new();
     for quant in &args.quant {
         let (quant_text, vision_quant) = (quant.clone(), args.vision_quant.clone());
         let request = Request { quant: quant_text, vision_quant, kv_cache: args.kv_cache, ..request.clone() };
-        let found = compiled(&request, printer)?;
+        let request = mixed::resolve(&request, printer)?;
+        let mut found = compiled(&request, printer)?;
         let unquantized = quant == UNQUANTIZED && args.vision_quant == UNQUANTIZED && args.kv_cache == KvCache::Auto;
         let scored = if unquantized { of_plain } else { scores(&found, &processor, &samples, &mut baseline, printer)? };
+        if !unquantized {
+            schemes.extend(measured(&mut found, &request, args.report.is_some(), printer)?);
+        }
         let mut answering = compile_reported(&Request { logits: Logits::Last, ..request }, printer)?;
         answering.take_vectors(found);
         let mut session = session(&answering)?;
@@ -237,8 +272,11 @@ fn pictures(args: &EvalPicturesArgs, printer: &Printer) -> Result<(), Failure> {
     if printer.is_json() {
         printer.json(&json!({ "schema": 1, "results": results }));
     } else {
-        let header = ["quantization", "exact match %", "character errors %", "perplexity", "KL divergence"];
-        printer.data(&table(&header, &rows));
+        printer.data(&table(&PICTURES_HEAD, &rows));
+    }
+    if let Some(report) = &args.report {
+        let page = quality::page(&plain, &request, Some((PICTURES_HEAD.to_vec(), rows)), &schemes);
+        quality::write(report, &page, printer)?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `plan`: what a build would do, from headers alone.
 use super::build::{check_kv_cache, compile_reported, request};
+use super::{mixed, quality};
 use crate::builder::{Need, parent};
 use crate::cli::{PlanArgs, Target};
 use crate::compile::Compiled;
@@ -22,7 +23,13 @@ struct Row {
 
 pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
     check_kv_cache(&args.options)?;
-    let compiled = compile_reported(&request(&args.options), printer)?;
+    quality::check_place(args.quality.report.as_deref())?;
+    let request = mixed::resolve(&request(&args.options), printer)?;
+    let mut compiled = compile_reported(&request, printer)?;
+    let asked = args.quality.report.is_some() || args.quality.max_error.is_some();
+    // Without that headers are enough.
+    let layers =
+        if asked { quality::search_and_measure(&mut compiled, &request, &args.quality, printer)? } else { None };
     let mut networks = Vec::new();
     let mut summary = Vec::new();
     let mut lines = Vec::new();
@@ -57,7 +64,8 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
         let ignored = &compiled.source.coverage().ignored;
         printer.json(&json!({
             "schema": 1, "model": args.options.model, "dtype": compiled.dtype, "sizes": sizes,
-            "quantization": compiled.quantization, "networks": networks, "ignored": ignored,
+            "quantization": compiled.quantization, "recipes": compiled.chosen, "networks": networks, "ignored": ignored,
+            "quality": quality::to_json(layers.as_ref()),
             "jobs": jobs, "peak_own_memory_bytes": need.own, "peak_resident_memory_bytes": need.resident,
             "parent_memory_bytes": parent,
         }));
@@ -69,6 +77,9 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> Result<(), Failure> {
     printer.data(&table(&["network", "formats", "weights", "bytes", "build memory"], &summary));
     for (network, name) in compiled.quantization.iter().filter(|(_, name)| *name != "none") {
         printer.data(&format!("{network}: quantization {name}"));
+    }
+    for text in [&compiled.chosen.language, &compiled.chosen.vision].into_iter().flatten() {
+        printer.data(text);
     }
     printer.data(&format!(
         "type {}; at most {} requests, {} prompt and {} new tokens, {} rows of picture features",

@@ -72,7 +72,16 @@ impl<'p> Plan<'p> {
     /// The whole network, nothing dumped or marked, of a checkpoint that holds numbers.
     pub fn new(recipe: &'p Recipe) -> Plan<'p> {
         let quantized = &|_: &str| None;
-        Plan { recipe, dump: None, marks: &[], int8_kv_cache: false, rank: 0, ranks: 1, divide_embedding: true, quantized }
+        Plan {
+            recipe,
+            dump: None,
+            marks: &[],
+            int8_kv_cache: false,
+            rank: 0,
+            ranks: 1,
+            divide_embedding: true,
+            quantized,
+        }
     }
 }
 
@@ -132,6 +141,19 @@ pub fn run(network: Network, plan: &Plan<'_>) -> Result<Passed, PassError> {
     Ok(passed)
 }
 
+/// Refuses a recipe that does nothing, in whole or in part, to the networks that it is for.
+///
+/// # Errors
+/// A rule that matches nothing, or a layer that cannot have what a rule says.
+pub fn check_recipe(recipe: &Recipe, networks: &[&Network]) -> Result<(), PassError> {
+    let mut assignments = Vec::new();
+    for network in networks {
+        assignments.extend(assign(network, recipe)?);
+    }
+    let names = || networks.iter().map(|network| network.name.as_str()).collect::<Vec<_>>().join("`, `");
+    quant::check_used(recipe, &assignments).map_err(|source| PassError::Quantize { network: names(), source })
+}
+
 fn assign(network: &Network, recipe: &Recipe) -> Result<Vec<Assignment>, PassError> {
     let linears = network.nodes.iter().filter_map(|node| match &node.op {
         Op::Linear { weight, .. } => match weight.shape()[..] {
@@ -140,5 +162,6 @@ fn assign(network: &Network, recipe: &Recipe) -> Result<Vec<Assignment>, PassErr
         },
         _ => None,
     });
-    quant::assign(recipe, linears).map_err(|source| PassError::Quantize { network: network.name.clone(), source })
+    let failed = |source| PassError::Quantize { network: network.name.clone(), source };
+    quant::assign_part(recipe, linears).map_err(failed)
 }

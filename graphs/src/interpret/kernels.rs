@@ -103,16 +103,20 @@ pub(super) fn largest(x: &Array, rank: usize, ranks: usize) -> Result {
 
 /// Each token by `scale`, or by its own: by the largest of its numbers in `most`, or of itself.
 pub(super) fn quantize_input(x: &Array, scale: Option<f32>, most: Option<&[f32]>, wide: bool) -> Result {
-    let steps = if wide { 127.5 } else { 127.0 };
     let mut data = x.floats()?.to_vec();
-    let width = x.width();
-    let each = most.map_or(0, |most| most.len() / (data.len() / width.max(1)).max(1));
-    data.par_chunks_exact_mut(width).enumerate().for_each(|(at, token)| {
+    round_tokens(&mut data, x.width(), scale, most, wide);
+    Ok(Array::float(x.shape.clone(), data))
+}
+
+/// What [`crate::Op::QuantizeInput`] makes of tokens `[.., width]`.
+pub fn round_tokens(values: &mut [f32], width: usize, scale: Option<f32>, most: Option<&[f32]>, wide: bool) {
+    let steps = if wide { 127.5 } else { 127.0 };
+    let each = most.map_or(0, |most| most.len() / (values.len() / width.max(1)).max(1));
+    values.par_chunks_exact_mut(width.max(1)).enumerate().for_each(|(at, token)| {
         let most = largest_magnitude(most.and_then(|most| most.get(at * each..(at + 1) * each)).unwrap_or(token));
         let scale = scale.unwrap_or(if most > 0.0 { most / steps } else { 1.0 });
         token.iter_mut().for_each(|value| *value = (*value / scale).round_ties_even().clamp(-128.0, 127.0) * scale);
     });
-    Ok(Array::float(x.shape.clone(), data))
 }
 
 pub(super) fn binary(a: &Array, b: &Array, kind: BinaryKind) -> Result {
