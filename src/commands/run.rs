@@ -49,7 +49,8 @@ fn answer(args: &RunArgs, printer: &Printer, world: Option<&World>) -> Result<()
             printer.raw(piece);
         }
     };
-    let (answers, timings) = session.answer(&asks, options, &mut on_text)?;
+    let answered = session.answer(&asks, options, &mut on_text);
+    let (answers, timings) = answered.map_err(|error| blamed(error.into(), process.as_ref()))?;
     if let Some(process) = process {
         process.finish();
     }
@@ -79,6 +80,15 @@ fn answer(args: &RunArgs, printer: &Printer, world: Option<&World>) -> Result<()
         timings.preprocess_seconds + timings.vision_seconds + timings.prefill_seconds
     ));
     Ok(())
+}
+
+/// With the other rank as a cause, if it is that one's fault: the GPU's own errors name nobody.
+fn blamed(mut failure: Failure, process: Option<&Process>) -> Failure {
+    if let Some(fault) = process.and_then(Process::fault) {
+        let said = failure.message.contains(&fault) || failure.causes.iter().any(|cause| cause.contains(&fault));
+        failure.causes.extend((!said).then_some(fault));
+    }
+    failure
 }
 
 /// Joins the processes of the other ranks.

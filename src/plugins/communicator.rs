@@ -5,7 +5,7 @@ use super::nccl::{Nccl, UniqueId};
 use crate::device::{Device, DeviceError};
 use graphs::DType;
 use graphs::interpret::{Collective, Member};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tensorrt_sys::PluginCall;
 use thiserror::Error;
 
@@ -42,6 +42,8 @@ pub struct Communicator {
     pub(super) way: Way,
     /// The other ranks of this process.
     member: Option<Member>,
+    /// Why nothing goes on, where somebody else has found out.
+    told: OnceLock<String>,
     pub(super) rank: usize,
     pub(super) ranks: usize,
 }
@@ -65,7 +67,7 @@ pub(super) struct Work<'w> {
 
 impl Communicator {
     pub(super) fn new(way: Way, member: Option<Member>, rank: usize, ranks: usize) -> Communicator {
-        Communicator { way, member, rank, ranks }
+        Communicator { way, member, told: OnceLock::new(), rank, ranks }
     }
 
     /// Ranks as threads of this process, joined by a kernel of ours: one for each device, several of which may be one GPU.
@@ -106,6 +108,7 @@ impl Communicator {
     /// # Errors
     /// A rank that is gone or late, by its number.
     pub fn meet(&self) -> Result<(), String> {
+        self.told.get().map_or(Ok(()), |reason| Err(reason.clone()))?;
         self.member.as_ref().map_or(Ok(()), |member| member.all_gather(&[]).map(drop))
     }
 
@@ -121,11 +124,18 @@ impl Communicator {
         }
     }
 
+    /// Ends all waiting for other ranks, for a reason that this rank's calls then give.
+    pub fn stop(&self, reason: &str) {
+        let _ = self.told.set(reason.to_owned());
+        self.leave();
+    }
+
     /// What went wrong in work on the GPU that is over.
     ///
     /// # Errors
     /// A rank that is gone or late, by its number.
     pub fn check(&self) -> Result<(), String> {
+        self.told.get().map_or(Ok(()), |reason| Err(reason.clone()))?;
         match &self.way {
             Way::Local(local) => local.check(self.rank),
             Way::Nccl(nccl) => nccl.check(),

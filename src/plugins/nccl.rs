@@ -5,8 +5,9 @@ use super::local::THREADS;
 use graphs::DType;
 use libloading::Library;
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 use tensorrt_sys::PluginCall;
 
 /// Kernels that put rows together for it, and apart.
@@ -26,8 +27,13 @@ type Comm = *mut c_void;
 /// One rank's communicator.
 pub(super) struct Nccl {
     comm: AtomicPtr<c_void>,
+    /// Held while the communicator is called: it must not go meanwhile.
+    busy: Mutex<()>,
     rank: usize,
 }
+
+/// How long a call of NCCL may hold up the end of its communicator.
+const HOLD: Duration = Duration::from_secs(1);
 
 fn library() -> Result<&'static Library, CommunicatorError> {
     static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
@@ -80,11 +86,21 @@ impl Nccl {
         let mut comm: Comm = std::ptr::null_mut();
         // SAFETY: the id is passed by value, as nccl.h has it; the communicator is kept and ended once.
         check("join the ranks", unsafe { start(&raw mut comm, ranks as c_int, id, rank as c_int) })?;
-        Ok(Nccl { comm: AtomicPtr::new(comm), rank })
+        Ok(Nccl { comm: AtomicPtr::new(comm), busy: Mutex::new(()), rank })
     }
 
-    /// Ends all that waits for other ranks on the GPU.
+    fn hold(&self) -> MutexGuard<'_, ()> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends all that waits for other ranks on the GPU; may be called while another thread is in a call that hangs.
     pub(super) fn abort(&self) {
+        let start = Instant::now();
+        let mut guard = self.busy.try_lock();
+        while guard.is_err() && start.elapsed() < HOLD {
+            std::thread::sleep(Duration::from_millis(1));
+            guard = self.busy.try_lock();
+        }
         let comm = self.comm.swap(std::ptr::null_mut(), Ordering::SeqCst);
         let abort: Result<unsafe extern "C" fn(Comm) -> c_int, _> = symbol("ncclCommAbort");
         if let (false, Ok(abort)) = (comm.is_null(), abort) {
@@ -94,6 +110,7 @@ impl Nccl {
     }
 
     pub(super) fn check(&self) -> Result<(), String> {
+        let _busy = self.hold();
         let comm = self.comm.load(Ordering::SeqCst);
         if comm.is_null() {
             return Err(format!("rank {} has stopped", self.rank));
@@ -108,6 +125,7 @@ impl Nccl {
 
     pub(super) fn join(&self, ranks: usize, work: &Work<'_>, call: &PluginCall<'_>) -> Result<(), String> {
         let ([input], [output]) = (call.inputs, call.outputs) else { return Err("it has other tensors".into()) };
+        let _busy = self.hold();
         let comm = self.comm.load(Ordering::SeqCst);
         if comm.is_null() {
             return Err("the ranks have stopped".into());

@@ -63,7 +63,7 @@ impl Process {
         self.wire.watch(move |reason| {
             // Work on the GPU waits for the other rank; once that ends, this process reports by itself.
             if let Some(communicator) = told.get() {
-                communicator.leave();
+                communicator.stop(reason);
             }
             std::thread::sleep(GRACE);
             eprintln!("error: rank {rank} cannot go on: {reason}");
@@ -72,6 +72,11 @@ impl Process {
         let communicator = Communicator::nccl(&device, UniqueId(id), rank, size, None)?;
         let communicator = Arc::clone(joined.get_or_init(|| communicator));
         Ok(Box::new(Tensorrt::open_rank(directory, rank, device, Some(communicator))?))
+    }
+
+    /// Why nothing goes on, where it is another rank's doing.
+    pub fn fault(&self) -> Option<String> {
+        self.wire.fault()
     }
 
     /// Tells the others that this rank has done all it had to.

@@ -61,9 +61,9 @@ struct Fate {
 impl Fate {
     fn fail(&self, rank: usize) {
         let _ = self.failed.set(rank);
-        if let Some(leave) = self.leave.get(rank) {
-            leave();
-        }
+        // That of the rank itself comes first and is what the others are told; theirs end what waits on their GPUs.
+        let (others, own) = (self.leave.iter().enumerate().filter(|(other, _)| *other != rank), self.leave.get(rank));
+        own.into_iter().chain(others.map(|(_, leave)| leave)).for_each(|leave| leave());
     }
 }
 

@@ -123,6 +123,11 @@ impl Wire {
         }
     }
 
+    /// Why nothing goes on, where it is another rank's doing.
+    pub fn fault(&self) -> Option<String> {
+        self.shared.lock().gone.clone()
+    }
+
     /// What rank 0 has, on every rank.
     ///
     /// # Errors
