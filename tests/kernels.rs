@@ -34,8 +34,13 @@ fn attention_compiles_for_every_gpu_type_and_head() {
             // With a bias by distance: T5's heads, of the tests and of flan-t5.
             let plain = heads.map(|(head_dim, rotary)| (head_dim, rotary, false));
             let shapes = plain.into_iter().chain([(8, false, true), (64, false, true)]);
-            // INT8 caches once for each kind of loads, tiles among them, and once more with a bias.
-            let kinds = shapes.flat_map(|shape| [(shape, false), (shape, true)]);
+            // INT8 caches once for each kind of loads, tiles among them, and once with a bias.
+            let kept = match dtype {
+                DType::Float16 => [(64, true, false), (128, true, false)],
+                DType::Bfloat16 => [(80, false, false), (64, false, true)],
+                _ => [(6, false, false), (256, false, false)],
+            };
+            let kinds = shapes.map(|shape| (shape, false)).chain(kept.map(|shape| (shape, true)));
             for ((head_dim, rotary, bias), int8_cache) in kinds {
                 // 80 as OPT-2.7B has it: learned positions.
                 let causal = rotary || head_dim == 80 || bias;

@@ -171,11 +171,15 @@ impl Reference {
         Reference { vision, language, source, ..self }
     }
 
-    /// Whether layers round what they read to INT8.
+    /// Whether layers round what they read, or what they keep of it, to INT8.
     pub fn quantizes_inputs(&self) -> bool {
         let source = self.source.iter().flat_map(|source| source.encoder.iter().chain([&source.cross]));
         let networks = self.vision.iter().chain(source).chain([&self.language]).map(Interpreter::network);
-        networks.flat_map(|network| &network.nodes).any(|node| matches!(node.op, Op::QuantizeInput { .. }))
+        networks.flat_map(|network| &network.nodes).any(|node| match &node.op {
+            Op::QuantizeInput { .. } => true,
+            Op::Attention(attention) => attention.int8_cache,
+            _ => false,
+        })
     }
 
     /// For steps of words, which ask for no row of the table.
