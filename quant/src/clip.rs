@@ -60,18 +60,23 @@ pub fn clip(weights: &[f32], input: usize, rows: &[f32], format: Format, compute
 fn together(parts: &mut [Part], known: &[Inputs], outputs: usize) {
     let count = known.first().map_or(0, |inputs| inputs.count);
     let mut left = vec![0.0f32; outputs * count];
-    let add = |left: &mut [f32], part: &Part, inputs: &Inputs, sign: f32| {
-        let products = multiply(&part.off, &inputs.rows, [outputs, part.group, count], true, false);
+    let products =
+        |part: &Part, inputs: &Inputs| multiply(&part.off, &inputs.rows, [outputs, part.group, count], true, false);
+    let add = |left: &mut [f32], products: &[f32], sign: f32| {
         std::iter::zip(left, products).for_each(|(left, product)| *left += sign * product);
     };
-    std::iter::zip(&*parts, known).for_each(|(part, inputs)| add(&mut left, part, inputs, 1.0));
+    std::iter::zip(&*parts, known).for_each(|(part, inputs)| add(&mut left, &products(part, inputs), 1.0));
     for _ in 0..ROUNDS {
         let mut changed = false;
         for (part, inputs) in std::iter::zip(&mut *parts, known) {
-            add(&mut left, part, inputs, -1.0);
+            let mut own = products(part, inputs);
+            add(&mut left, &own, -1.0);
             let against = multiply(&left, &inputs.rows, [outputs, count, part.group], false, false);
-            changed |= part.choose(inputs, Some(&against));
-            add(&mut left, part, inputs, 1.0);
+            if part.choose(inputs, Some(&against)) {
+                changed = true;
+                own = products(part, inputs);
+            }
+            add(&mut left, &own, 1.0);
         }
         if !changed {
             break;
@@ -109,12 +114,14 @@ struct Part {
     /// What was chosen, and by how much weights are off then.
     scales: Vec<f32>,
     off: Vec<f32>,
+    /// What each step loses by itself, for each output, once that is known: products that no round changes.
+    own: Vec<f64>,
 }
 
 impl Part {
     fn new(weights: Vec<f32>, group: usize, limit: f32, compute: DType) -> Part {
         let (scales, off) = (vec![1.0; weights.len() / group], vec![0.0; weights.len()]);
-        Part { weights, group, limit, compute, scales, off }
+        Part { weights, group, limit, compute, scales, off, own: Vec::new() }
     }
 
     /// Chooses for each output the scale that loses least, the largest of equals; `against` is X^T r. Says whether any
@@ -136,15 +143,17 @@ impl Part {
                 std::iter::zip(&mut *off, row).for_each(|(off, value)| *off = value - *off);
                 scales.push(scale);
             }
-            let weighed =
-                (!inputs.gram.is_empty()).then(|| multiply(&off, &inputs.gram, [outputs, group, group], false, false));
-            let weighed = weighed.as_deref().unwrap_or(&off);
+            if self.own.len() == step * outputs {
+                let weighed = (!inputs.gram.is_empty())
+                    .then(|| multiply(&off, &inputs.gram, [outputs, group, group], false, false));
+                let weighed = weighed.as_deref().unwrap_or(&off);
+                let rows = std::iter::zip(off.chunks_exact(group), weighed.chunks_exact(group));
+                self.own.extend(rows.map(|(off, weighed)| dot(off, weighed)));
+            }
             for (output, (best, scale)) in std::iter::zip(&mut best, scales).enumerate() {
                 let place = output * group..(output + 1) * group;
-                let dot = |with: &[f32]| -> f64 {
-                    std::iter::zip(&off[place.clone()], &with[place.clone()]).map(|(a, b)| f64::from(a * b)).sum()
-                };
-                let loss = dot(weighed) + against.map_or(0.0, |against| 2.0 * dot(against));
+                let against = against.map_or(0.0, |against| 2.0 * dot(&off[place.clone()], &against[place.clone()]));
+                let loss = self.own[step * outputs + output] + against;
                 if loss < *best {
                     (*best, self.scales[output]) = (loss, scale);
                     self.off[place.clone()].copy_from_slice(&off[place]);
@@ -153,4 +162,8 @@ impl Part {
         }
         self.scales != before
     }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    std::iter::zip(a, b).map(|(a, b)| f64::from(a * b)).sum()
 }

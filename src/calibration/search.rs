@@ -10,6 +10,9 @@ use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Searches whose weights are in memory at once, as floats; each is itself spread over all threads.
+const BESIDE: usize = 4;
+
 /// A vector that is still to be found; `input` is the statistics' name of what the layers read.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Wanted {
@@ -101,7 +104,11 @@ impl Vectors {
                     progress(done.fetch_add(1, Ordering::Relaxed) + 1, over.vectors.shapes.len() as u64);
                     found
                 };
-                stage.par_iter().map(find).collect::<Result<_, _>>()?
+                let mut found = Vec::with_capacity(stage.len());
+                for beside in stage.chunks(BESIDE) {
+                    found.extend(beside.par_iter().map(find).collect::<Result<Vec<_>, _>>()?);
+                }
+                found
             };
             for (wanted, values) in std::iter::zip(stage, found) {
                 let bytes = quant::from_f32(DType::Float32, &values);
