@@ -32,7 +32,7 @@ pub enum Way {
 pub struct Placement {
     /// The GPU of each rank; nothing: one each, or all on the only one.
     pub devices: Vec<usize>,
-    /// Nothing: without NCCL, if the GPUs reach each other's memory.
+    /// Nothing: without NCCL.
     pub way: Option<Way>,
     /// How long a rank waits for the others.
     pub patience: Option<Duration>,

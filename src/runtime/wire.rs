@@ -234,8 +234,13 @@ impl Shared {
     }
 
     fn end(&self, kind: u8, bytes: &[u8]) {
-        if !std::mem::replace(&mut self.lock().over, true) {
-            self.changed.notify_all();
+        let (over, gone) = {
+            let mut state = self.lock();
+            (std::mem::replace(&mut state.over, true), state.gone.is_some())
+        };
+        self.changed.notify_all();
+        // Whoever noticed that a rank is gone says so, or knows it of rank 0.
+        if !over && !gone {
             self.shut(kind, bytes);
         }
     }
