@@ -166,7 +166,7 @@ fn text(
 fn recorded(engine: &Tensorrt, work: Work) -> Result<f64, RuntimeError> {
     let graph = engine.record(work)?;
     let device = engine.device();
-    Ok(median(device, || device.replay(&graph)).map_err(RuntimeError::from)?)
+    median(device, || device.replay(&graph)).map_err(RuntimeError::from)
 }
 
 fn row(

@@ -20,6 +20,8 @@ const SLOWNESS: u32 = 10;
 /// How long rank 0 waits for the others to hear why it ends.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+type Watcher = Box<dyn Fn(&str) + Send + Sync>;
+
 /// One process's connections: all others at rank 0, elsewhere rank 0 alone.
 pub struct Wire {
     shared: Arc<Shared>,
@@ -33,7 +35,7 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     /// Called once when a rank is gone.
-    watcher: OnceLock<Box<dyn Fn(&str) + Send + Sync>>,
+    watcher: OnceLock<Watcher>,
 }
 
 struct Peer {

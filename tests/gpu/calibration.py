@@ -83,7 +83,7 @@ def calibrate_checks(work, tools):
         need(done.returncode == 0, last_lines(done.stderr, 12))
         shutil.rmtree(directory)
         steps = [line.strip() for line in done.stderr.splitlines() if " in " in line]
-        return {"wall": time.monotonic() - start, "steps": steps, "peak_bytes": json.loads(done.stdout)["peak_bytes"]}
+        return {"wall": time.monotonic() - start, "steps": steps, "peak_bytes": json.loads(done.stdout)["parent_peak_memory_bytes"]}
 
     checks["LLaVA-1.5-7B shape: synth"] = synth
     checks["LLaVA-1.5-7B shape: calibrate, 128 x 512 tokens"] = gathers
