@@ -1,5 +1,6 @@
 //! Quantization recipes, round to nearest, packing, and materializing weight expressions from a checkpoint.
 pub mod awq;
+mod balance;
 mod budget;
 mod check;
 mod clip;

@@ -26,13 +26,13 @@ pub fn join_column_absmax(weights: &[f32], most: &mut [f32]) {
 /// Factors by the largest magnitudes of each channel's activations and weights (equation 4); 1 where either has none.
 pub fn smooth(activations: &[f32], weights: &[f32], alpha: f32) -> Vec<f32> {
     let factor = |(&activation, &weight): (&f32, &f32)| {
-        if activation > 0.0 && weight > 0.0 {
-            (activation.powf(alpha) / weight.powf(1.0 - alpha)).clamp(LEAST, MOST)
-        } else {
-            1.0
-        }
+        if activation > 0.0 && weight > 0.0 { bounded(activation.powf(alpha) / weight.powf(1.0 - alpha)) } else { 1.0 }
     };
     std::iter::zip(activations, weights).map(factor).collect()
+}
+
+pub(crate) fn bounded(factor: f32) -> f32 {
+    factor.clamp(LEAST, MOST)
 }
 
 /// One scale for all channels, after smoothing; 1 where there is nothing.

@@ -145,6 +145,42 @@ proptest! {
         prop_assert!(wanted.iter().all(|other| wanted[best] <= other * 1.1 + 1e-4), "{best} of {wanted:?}");
     }
 
+    /// No factor alone could lower what rounding is expected to cost by much, and no start costs less.
+    #[test]
+    fn balanced_factors_cost_least(case in cases(), per_token in any::<bool>(), shared in any::<bool>()) {
+        let (weights, inputs, width) = (case.weights(), case.inputs(), case.width);
+        let absmax: Vec<f32> =
+            (0..width).map(|channel| inputs.iter().skip(channel).step_by(width).fold(0.0f32, |most, x| most.max(x.abs()))).collect();
+        let square = |x: f32| f64::from(x).powi(2);
+        let cost = |factors: &[f32]| -> f64 {
+            let peak = |row: &[f32]| (0..width).map(|at| square(row[at] / factors[at])).fold(0.0, f64::max);
+            let peak_scaled = |row: &[f32]| (0..width).map(|at| square(row[at] * factors[at])).fold(0.0, f64::max);
+            let a: f64 = inputs.chunks(width).map(|row| peak(if per_token { row } else { &absmax })).sum();
+            let b: f64 = (0..weights.len()).map(|at| square(weights[at] * factors[at % width])).sum();
+            let c: f64 = weights.chunks(width).map(peak_scaled).sum();
+            let d: f64 = (0..inputs.len()).map(|at| square(inputs[at] / factors[at % width])).sum();
+            a * b + c * d
+        };
+        // Two neighbours may have to share a factor.
+        let step = if shared && width % 2 == 0 { 2 } else { 1 };
+        let spread = |own: &[f32]| own.iter().flat_map(|factor| vec![*factor; step]).collect::<Vec<f32>>();
+        let join = |wide: &[f32]| wide.chunks(step).map(|part| part.iter().sum::<f32>() / step as f32).collect::<Vec<f32>>();
+        let matrices = [&weights[..]];
+        let smoothed = Smoothed { matrices: &matrices, rows: &inputs, absmax: &absmax, per_token };
+        let start = vec![1.0; width / step];
+        let found = smoothed.balance(start.clone(), &spread, &join);
+        let least = cost(&spread(&found));
+        prop_assert!(least <= cost(&spread(&start)) * 1.0001);
+        for place in 0..found.len() {
+            for by in [0.8, 1.25] {
+                let mut other = found.clone();
+                other[place] *= by;
+                let other = cost(&spread(&other));
+                prop_assert!(other >= least * 0.97, "{place} times {by}: {} of {least}", other);
+            }
+        }
+    }
+
     #[test]
     fn the_exponent_found_loses_least(case in cases(), seed in any::<u64>()) {
         let (weights, inputs) = (case.weights(), case.inputs());

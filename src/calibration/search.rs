@@ -175,14 +175,19 @@ fn find(
                     let matrices: Vec<&[f32]> = weights.iter().map(Vec::as_slice).collect();
                     let (rows, absmax) = (&seen.rows[..], &seen.absmax[..]);
                     let smoothed = Smoothed { matrices: &matrices, rows, absmax, per_token: *per_token };
-                    let spread = |alpha: &f32| channels.spread(&factors(*alpha), *width);
+                    let spread = |own: &[f32]| channels.spread(own, *width);
                     // Where inputs have no outliers it may be best to leave them alone.
                     let searched = || {
-                        let alone = std::iter::once(vec![1.0; *width]);
-                        let best = smoothed.best(alone.chain(ALPHAS.iter().map(spread)).collect(), compute);
-                        best.checked_sub(1).map(|at| ALPHAS[at])
+                        let mut candidates = vec![vec![1.0; of_inputs.len()]];
+                        candidates.extend(ALPHAS.map(factors));
+                        let wide =
+                            |candidates: &[Vec<f32>]| candidates.iter().map(|own| spread(own)).collect::<Vec<_>>();
+                        let best = candidates[smoothed.best(wide(&candidates), compute)].clone();
+                        let balanced = smoothed.balance(best.clone(), &spread, &|wide| channels.mean(wide));
+                        let both = [best, balanced];
+                        both[smoothed.best(wide(&both), compute)].clone()
                     };
-                    alpha.or_else(searched).map_or_else(|| vec![1.0; of_inputs.len()], factors)
+                    alpha.map_or_else(searched, factors)
                 }
                 _ => {
                     let matrix = |(weights, (_, format)): (_, &(Weight, Format))| Matrix { weights, format: *format };
