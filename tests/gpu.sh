@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Runs the checks that need a CUDA GPU with TensorRT 10 and writes their results to tests/gpu-results.md (or $RESULTS).
 #
-# usage: TRTVLM_TENSORRT=DIR tests/gpu.sh [small] [schemes] [sanitize] [real] [shapes] [calibrate]        without arguments the first five
+# usage: TRTVLM_TENSORRT=DIR tests/gpu.sh [small] [schemes] [sanitize] [real] [shapes] [calibrate] [memory]        without arguments the first five
 #   small     engines of tiny and small models against the reference; refusals; a killed build
 #   schemes   every quantization scheme in every family, and other tools' quantized checkpoints
 #   sanitize  compute-sanitizer's memcheck and racecheck over every kernel, on engines that `small` left
 #   real      LLaVA-1.5-7B's shape with random weights (64 GB of disk): build, speed, Hugging Face transformers beside it
 #   shapes    the other families' real shapes: build, speed
+#   memory    LLaVA-1.5-7B's and 13B's shapes built for 1, 2 and 8 ranks: seconds and memory (64 GB of disk)
 #   calibrate calibration on the GPU against that on the CPU, and LLaVA-1.5-7B's shape: seconds and memory
 # TRTVLM          the program; built with cargo where it is not given
 # TRTVLM_SMOLLM2  SmolLM2-135M as a Hugging Face checkpoint (`make eval-text` makes one); left out with a word if missing

@@ -1,11 +1,11 @@
 """What tests/gpu.sh runs on a machine with a GPU: builds, verifies, refuses, times; writes one JSON record per check.
 
-usage: checks.py PHASE WORK    PHASE: small | schemes | sanitize | real | shapes | calibrate;  needs TRTVLM (the program) and
+usage: checks.py PHASE WORK    PHASE: small | schemes | sanitize | real | shapes | calibrate | memory;  needs TRTVLM (the program) and
 TRTVLM_TENSORRT
 Nothing here decides what is right: `trtvlm verify` does, against the reference that the CPU tests hold to the goldens.
 """
 import concurrent.futures, json, os, pathlib, re, shutil, signal, struct, subprocess, sys, time, zlib
-from ranks import rank_checks
+from ranks import memory_checks, rank_checks
 from calibration import calibrate_checks
 from schemes import scheme_checks
 
@@ -404,6 +404,7 @@ def main():
     steps = {"small": lambda: [(small_checks(work), 8)], "sanitize": lambda: [(sanitize_checks(work), 8)],
              "schemes": lambda: scheme_checks(work, (ROOT, run, compared, need, last_lines, picture)),
              "real": lambda: [(real_checks(work), 1)], "shapes": lambda: shape_checks(work),
+             "memory": lambda: [(memory_checks(work, (run, need, last_lines)), 1)],
              "calibrate": lambda: [(calibrate_checks(work, (ROOT, run, need, last_lines, picture)), 1)]}[phase]()
     only = os.environ.get("TRTVLM_ONLY")
     results, failures = work / f"{phase}.jsonl", 0

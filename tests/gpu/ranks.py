@@ -96,3 +96,36 @@ def rank_checks(work, batch, tools):
             checks["two ranks: a process for each"] = lambda: processes(work)
         checks[f"two ranks: LLaMA of 4 layers, 8 heads of 128 on 2, {dtype}, 3 prompts of 197 tokens, 40 steps"] = llama
     return checks
+
+
+def memory_checks(work, tools):
+    """Building real shapes for 1, 2 and 8 ranks: seconds and memory; one at a time and nothing kept, as one model fills the disk."""
+    run, need, last_lines = tools
+    checks = {}
+
+    def synth(shape, checkpoint):
+        done = run("synth", shape, "-o", checkpoint, "--json")
+        need(done.returncode == 0, last_lines(done.stderr))
+        return json.loads(done.stdout)
+
+    def built(checkpoint, ranks, jobs, last):
+        directory, start = work / "memory-engines", time.monotonic()
+        shutil.rmtree(directory, ignore_errors=True)
+        done = run("build", checkpoint, "-o", directory, "--target", "tensorrt", "--dtype", "float16", "--tp", ranks, "--jobs", jobs,
+                   "--optimization-level", "0", "--max-input-len", "640", "--max-output-len", "512", "--json", timeout=590)
+        shutil.rmtree(directory, ignore_errors=True)
+        if last:
+            shutil.rmtree(checkpoint)
+        need(done.returncode == 0, last_lines(done.stderr, 12))
+        told = json.loads(done.stdout)
+        engines = [{key: engine.get(key) for key in ("network", "rank", "bytes", "seconds", "peak_own_memory_bytes")} for engine in told["engines"]]
+        return {"wall": round(time.monotonic() - start, 1), "parent": told.get("parent_peak_memory_bytes"), "engines": engines}
+
+    for shape in ("llava-1.5-7b", "llava-1.5-13b"):
+        checkpoint = work / f"memory-{shape}"
+        checks[f"{shape} shape: synth for ranks"] = lambda shape=shape, checkpoint=checkpoint: synth(shape, checkpoint)
+        plans = ((1, 1), (2, 1), (8, 1), (8, 4))
+        for ranks, jobs in plans:
+            checks[f"{shape} shape: build tp {ranks}, {jobs} at once"] = lambda checkpoint=checkpoint, ranks=ranks, jobs=jobs: built(
+                checkpoint, ranks, jobs, (ranks, jobs) == plans[-1])
+    return checks

@@ -19,7 +19,7 @@ def main():
     shell = lambda *command: subprocess.run(command, capture_output=True, text=True).stdout.strip()
     small, sanitize, real = (read(work, phase) for phase in ("small", "sanitize", "real"))
     small += read(work, "schemes")
-    real += read(work, "shapes")
+    real += read(work, "shapes") + read(work, "calibrate") + read(work, "memory")
     everything = small + sanitize + real
     card = shell("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     commits = sorted({record["commit"] for record in everything})

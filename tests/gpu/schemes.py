@@ -74,4 +74,5 @@ def scheme_checks(work, tools):
             for dtype in ("float32", "float16"):
                 checks[f"made by another tool: {peer.name} {dtype}"] = lambda peer=peer, dtype=dtype: compared(
                     peer, folder / f"{peer.name}-{dtype}", "--dtype", dtype, *QUICK, "--max-input-len", "64", "--max-output-len", "40")
-    return [({"statistics of every family": prepare}, 1), (checks, 8)]
+    # Most of a check's time is that of processes that start.
+    return [({"statistics of every family": prepare}, 1), (checks, max(8, (os.cpu_count() or 8) * 3 // 4))]
