@@ -14,6 +14,9 @@ pub const ALPHAS: [f32; 10] = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 
 const LEAST: f32 = 1e-4;
 const MOST: f32 = 1e4;
 
+/// What sums may come to in float16, whose largest number is 65504: weights are rounded too.
+const HALF_LIMIT: f32 = 6e4;
+
 /// The largest magnitude of each input channel of a matrix `[out, in]`, joined with those in `most`.
 pub fn join_column_absmax(weights: &[f32], most: &mut [f32]) {
     for row in weights.chunks_exact(most.len().max(1)) {
@@ -33,6 +36,15 @@ pub fn smooth(activations: &[f32], weights: &[f32], alpha: f32) -> Vec<f32> {
 
 pub(crate) fn bounded(factor: f32) -> f32 {
     factor.clamp(LEAST, MOST)
+}
+
+/// What all factors have to be multiplied by, at most 1, so that no sum of products of INT8 inputs and scaled weights leaves
+/// float16. Scales of tokens take the rest: they are multiplied after the sum.
+pub fn product_limit(matrices: &[&[f32]], factors: &[f32]) -> f32 {
+    let sum = |row: &[f32]| std::iter::zip(row, factors).map(|(value, factor)| (value * factor).abs()).sum::<f32>();
+    let rows = matrices.iter().flat_map(|matrix| matrix.chunks_exact(factors.len().max(1)));
+    let most = rows.map(sum).fold(0.0f32, f32::max) * 128.0;
+    if most > HALF_LIMIT { HALF_LIMIT / most } else { 1.0 }
 }
 
 /// One scale for all channels, after smoothing; 1 where there is nothing.

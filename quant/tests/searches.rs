@@ -6,7 +6,7 @@ use graphs::{DType, Format};
 use half::f16;
 use proptest::prelude::*;
 use quant::awq::{self, Matrix};
-use quant::{Gathered, Share, Smoothed, activation_scale, clip, smooth};
+use quant::{Gathered, Share, Smoothed, activation_scale, clip, product_limit, smooth};
 
 /// Inputs of which some channels are much larger than others.
 fn uneven(rows: usize, width: usize, seed: u64) -> Vec<f32> {
@@ -143,6 +143,19 @@ proptest! {
         }
         let best = smoothed.best(candidates, DType::Float16);
         prop_assert!(wanted.iter().all(|other| wanted[best] <= other * 1.1 + 1e-4), "{best} of {wanted:?}");
+    }
+
+    /// Sums of INT8 inputs times weights stay within float16, and factors that need no change have none.
+    #[test]
+    fn products_stay_within_float16(case in cases(), exponent in -4i32..12) {
+        let (weights, width) = (case.weights(), case.width);
+        let factors: Vec<f32> = noise(width, case.seed ^ 3).iter().map(|x| (x + exponent as f32).exp2()).collect();
+        let all = product_limit(&[&weights], &factors);
+        let most = |all: f32| weights.chunks(width).map(|row| {
+            row.iter().zip(&factors).map(|(w, s)| 128.0 * f64::from(w.abs()) * f64::from(s * all)).sum::<f64>()
+        }).fold(0.0, f64::max);
+        prop_assert!(most(all) < 65504.0, "{}", most(all));
+        prop_assert_eq!(all == 1.0, most(1.0) <= 6e4);
     }
 
     /// No factor alone could lower what rounding is expected to cost by much, and no start costs less.

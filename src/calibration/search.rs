@@ -187,7 +187,12 @@ fn find(
                         let both = [best, balanced];
                         both[smoothed.best(wide(&both), compute)].clone()
                     };
-                    alpha.map_or_else(searched, factors)
+                    let mut found = alpha.map_or_else(searched, factors);
+                    if *per_token {
+                        let all = quant::product_limit(&matrices, &spread(&found));
+                        found.iter_mut().for_each(|factor| *factor *= all);
+                    }
+                    found
                 }
                 _ => {
                     let matrix = |(weights, (_, format)): (_, &(Weight, Format))| Matrix { weights, format: *format };
