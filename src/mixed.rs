@@ -9,7 +9,7 @@ use crate::calibration::SearchError;
 use crate::checkpoint::Options;
 use crate::compile::{Chosen, CompileError, Compiled, Request, compile};
 use crate::quality::{self, Layer};
-use graphs::{Network, Op};
+use graphs::{Network, Op, Weight};
 use quant::{Price, Recipe, allot};
 use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
@@ -111,13 +111,23 @@ struct Subject {
     outputs: usize,
     inputs: usize,
     calibrated: bool,
+    /// Where ranks cut it: axis, start and end.
+    cuts: Vec<(usize, usize, usize)>,
 }
 
 impl Subject {
     fn candidates(&self) -> Vec<Candidate> {
         let mut found = vec![Candidate::Plain, Candidate::Int8];
-        if self.outputs.is_multiple_of(2) {
-            let divides = |group: &usize| self.inputs.is_multiple_of(*group);
+        // A byte of INT4 holds two outputs, and ranks get whole groups or parts of one.
+        let pairs = self.cuts.iter().all(|(axis, start, end)| *axis == 1 || (start % 2 == 0 && end % 2 == 0));
+        if self.outputs.is_multiple_of(2) && pairs {
+            let whole = |group: usize| {
+                let cut = |(axis, start, end): &(usize, usize, usize)| {
+                    *axis == 0 || graphs::group_of_part(*start, *end, group).is_some()
+                };
+                self.cuts.iter().all(cut)
+            };
+            let divides = |group: &usize| self.inputs.is_multiple_of(*group) && whole(*group);
             let common: Vec<usize> = GROUPS[..COMMON].iter().copied().filter(divides).collect();
             let groups = if common.is_empty() { GROUPS.into_iter().filter(divides).collect() } else { common };
             let calibrated = self.calibrated;
@@ -142,22 +152,24 @@ pub fn choose(
         Part::Language => &request.quant,
         Part::Vision => &request.vision_quant,
     };
-    let quantized = |text: Option<String>| -> Result<Compiled, MixedError> {
+    let quantized = |text: Option<String>, tp: usize| -> Result<Compiled, MixedError> {
         let none = || "none".to_owned();
         let mut chosen = Chosen::default();
         match part {
             Part::Language => chosen.language = text,
             Part::Vision => chosen.vision = text,
         }
-        let request = Request { quant: none(), vision_quant: none(), chosen, tp: 1, dump: None, ..request.clone() };
+        let request = Request { quant: none(), vision_quant: none(), chosen, tp, dump: None, ..request.clone() };
         let mut compiled = compile(&request, options)?;
         if let Some(statistics) = &request.calibration {
             compiled.open_statistics(statistics)?;
         }
         Ok(compiled)
     };
-    let base = quantized(None)?;
-    let subjects = subjects(&base, part);
+    let mut subjects = subjects(&quantized(None, 1)?, part);
+    if request.tp > 1 {
+        cut(&mut subjects, &quantized(None, request.tp)?);
+    }
     if subjects.is_empty() {
         return Err(MixedError::NoLayers { name: name.clone(), part: part.name() });
     }
@@ -168,7 +180,7 @@ pub fn choose(
     for (number, format) in formats.iter().enumerate() {
         let takes = |subject: &&Subject| subject.candidates().contains(format);
         let choices: Vec<(&Subject, Candidate)> = subjects.iter().filter(takes).map(|own| (own, *format)).collect();
-        let compiled = quantized(Some(recipe("candidate", &choices, &subjects, true)))?;
+        let compiled = quantized(Some(recipe("candidate", &choices, &subjects, true)), 1)?;
         let part = |done: u64, total: u64| {
             progress(number as u64 * 100 + done * 100 / total.max(1), formats.len() as u64 * 100);
         };
@@ -249,10 +261,26 @@ fn subjects(compiled: &Compiled, part: Part) -> Vec<Subject> {
                 }
             };
             let (network, path) = (network.name.clone(), node.path.clone());
-            subjects.push(Subject { network, path, unit, outputs, inputs, calibrated });
+            subjects.push(Subject { network, path, unit, outputs, inputs, calibrated, cuts: Vec::new() });
         }
     }
     subjects
+}
+
+/// Notes where the ranks of a divided model cut its layers.
+fn cut(subjects: &mut [Subject], divided: &Compiled) {
+    let mut places: BTreeMap<String, &mut Subject> =
+        subjects.iter_mut().map(|subject| (subject.path.clone(), subject)).collect();
+    for node in divided.networks.iter().flat_map(|passed| &passed.network.nodes) {
+        let (Op::Linear { weight, .. }, Some(subject)) = (&node.op, places.get_mut(node.path.as_str())) else {
+            continue;
+        };
+        let mut weight = weight;
+        while let Weight::Slice { axis, start, end, of } = weight {
+            subject.cuts.push((*axis, *start, *end));
+            weight = of;
+        }
+    }
 }
 
 fn seen(compiled: &Compiled, network: &Network, input: graphs::NodeId) -> bool {
@@ -319,7 +347,8 @@ mod tests {
     use super::*;
 
     fn subject(path: &str, outputs: usize, inputs: usize) -> Subject {
-        Subject { network: "language".into(), path: path.into(), unit: 0, outputs, inputs, calibrated: true }
+        let (network, path) = ("language".into(), path.into());
+        Subject { network, path, unit: 0, outputs, inputs, calibrated: true, cuts: Vec::new() }
     }
 
     #[test]
@@ -339,6 +368,10 @@ mod tests {
         assert_eq!(of(4, 48), [Candidate::Plain, Candidate::Int8, int4(16)], "small ones only where they must be");
         assert_eq!(of(3, 128), [Candidate::Plain, Candidate::Int8]);
         assert_eq!(of(4, 40), [Candidate::Plain, Candidate::Int8]);
+        let cut = |cuts: &[(usize, usize, usize)]| Subject { cuts: cuts.to_vec(), ..subject("x", 4, 192) }.candidates();
+        assert_eq!(cut(&[(1, 0, 96), (1, 96, 192)]), [Candidate::Plain, Candidate::Int8, int4(32)]);
+        assert_eq!(cut(&[(1, 0, 48), (1, 48, 96)]), [Candidate::Plain, Candidate::Int8, int4(16)]);
+        assert_eq!(cut(&[(0, 0, 1), (0, 1, 4)]), [Candidate::Plain, Candidate::Int8], "no half bytes");
     }
 
     /// Whatever is chosen, the recipe gives it to the layers again and to no others.
