@@ -132,23 +132,28 @@ fn hold(
     Err(failure)
 }
 
-/// Rules that keep the layers, ready to paste; a whole recipe where a preset was asked for.
+/// Rules that keep the layers of each part, ready to paste; a whole recipe where the user has no file of it.
 fn hint(beyond: &[&Layer], request: &Request, compiled: &Compiled) -> String {
-    let vision = beyond.first().is_some_and(|layer| layer.network == "vision");
-    let of_part = beyond.iter().filter(|layer| (layer.network == "vision") == vision);
-    let rule = |layer: &&Layer| format!("\n[[rule]]\nmatch = \"{}\"\nformat = \"none\"", layer.path);
-    let rules: String = of_part.map(rule).collect();
-    let (flag, asked, network) = if vision {
-        ("--vision-quant", &request.vision_quant, "vision")
-    } else {
-        ("--quant", &request.quant, "language")
-    };
-    let recipe = compiled.recipe(network);
-    if recipe.is_preset() {
-        format!("keep them as they are, with {flag} FILE.toml:\nname = \"{asked}-kept\"\nbase = \"{asked}\"{rules}")
-    } else {
-        format!("keep them as they are, by rules before the first of the recipe `{}`:{rules}", recipe.name)
+    let parts = [
+        ("--quant", &request.quant, "language", &compiled.chosen.language),
+        ("--vision-quant", &request.vision_quant, "vision", &compiled.chosen.vision),
+    ];
+    let mut hints = Vec::new();
+    for (flag, asked, part, chosen) in parts {
+        let own: Vec<&&Layer> =
+            beyond.iter().filter(|layer| (layer.network == "vision") == (part == "vision")).collect();
+        let Some(first) = own.first() else { continue };
+        let rule = |layer: &&&Layer| format!("\n[[rule]]\nmatch = \"{}\"\nformat = \"none\"", layer.path);
+        let rules: String = own.iter().map(rule).collect();
+        let keep = format!("keep them as they are, with {flag} FILE.toml:\nname = \"{asked}-kept\"");
+        let recipe = compiled.recipe(&first.network);
+        hints.push(match chosen.as_ref().and_then(|text| text.split_once('\n')) {
+            Some((_, others)) => format!("{keep}{rules}\n{}", others.trim_end()),
+            None if recipe.is_preset() => format!("{keep}\nbase = \"{asked}\"{rules}"),
+            None => format!("keep them as they are, by rules before the first of the recipe `{}`:{rules}", recipe.name),
+        });
     }
+    hints.join("\n")
 }
 
 /// The `quality` object, where layers were measured.
