@@ -207,6 +207,20 @@ fn a_bound_is_held_and_what_it_prints_keeps_to_it() {
         }
         std::fs::remove_dir_all(&engines).unwrap();
     }
+    // Factors that kept layers shared would be others for the rest, so these are kept too.
+    let statistics = calibrate(&model, root.path());
+    let searched = ["--calibration", text(&statistics), "--report", text(&page), "--quant"];
+    let answer = plan(&model, &[&searched[..], &["int4-awq-g16"]].concat());
+    let mut errors: Vec<f64> = layers(&answer).iter().map(|own| own["relative_error"].as_f64().unwrap()).collect();
+    errors.sort_by(|a, b| b.total_cmp(a));
+    for pair in errors[..14].windows(2) {
+        let bound = f64::midpoint(pair[0], pair[1]).to_string();
+        let asked = [&["plan", text(&model), "-q", "--max-error", &bound], &searched[..]].concat();
+        let (code, message) = refuse(&[&asked[..], &["int4-awq-g16"]].concat());
+        assert_eq!(code, 4);
+        std::fs::write(&file, printed(&message)).unwrap();
+        succeed(&[&asked[..], &[text(&file)]].concat());
+    }
     // Both parts at once, each with a recipe of its own; as JSON the message is on standard output.
     let output =
         trtvlm(&[&base[..], &["0.01", "--quant", "int4-g16", "--vision-quant", "int4-g16", "--json"]].concat());
