@@ -9,7 +9,7 @@ use crate::calibration::SearchError;
 use crate::checkpoint::Options;
 use crate::compile::{Chosen, CompileError, Compiled, Request, compile};
 use crate::quality::{self, Layer};
-use graphs::{Network, Op};
+use graphs::{Network, Op, Weight};
 use quant::{Price, Recipe, allot};
 use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
@@ -111,13 +111,23 @@ struct Subject {
     outputs: usize,
     inputs: usize,
     calibrated: bool,
+    /// Where ranks cut it: axis, start and end.
+    cuts: Vec<(usize, usize, usize)>,
 }
 
 impl Subject {
     fn candidates(&self) -> Vec<Candidate> {
         let mut found = vec![Candidate::Plain, Candidate::Int8];
-        if self.outputs.is_multiple_of(2) {
-            let divides = |group: &usize| self.inputs.is_multiple_of(*group);
+        // A byte of INT4 holds two outputs, and ranks get whole groups or parts of one.
+        let pairs = self.cuts.iter().all(|(axis, start, end)| *axis == 1 || (start % 2 == 0 && end % 2 == 0));
+        if self.outputs.is_multiple_of(2) && pairs {
+            let whole = |group: usize| {
+                let cut = |(axis, start, end): &(usize, usize, usize)| {
+                    *axis == 0 || graphs::group_of_part(*start, *end, group).is_some()
+                };
+                self.cuts.iter().all(cut)
+            };
+            let divides = |group: &usize| self.inputs.is_multiple_of(*group) && whole(*group);
             let common: Vec<usize> = GROUPS[..COMMON].iter().copied().filter(divides).collect();
             let groups = if common.is_empty() { GROUPS.into_iter().filter(divides).collect() } else { common };
             let calibrated = self.calibrated;
@@ -142,22 +152,26 @@ pub fn choose(
         Part::Language => &request.quant,
         Part::Vision => &request.vision_quant,
     };
-    let quantized = |text: Option<String>| -> Result<Compiled, MixedError> {
+    let quantized = |text: Option<String>, tp: usize| -> Result<Compiled, MixedError> {
         let none = || "none".to_owned();
         let mut chosen = Chosen::default();
         match part {
             Part::Language => chosen.language = text,
             Part::Vision => chosen.vision = text,
         }
-        let request = Request { quant: none(), vision_quant: none(), chosen, tp: 1, dump: None, ..request.clone() };
+        let request = Request { quant: none(), vision_quant: none(), chosen, tp, dump: None, ..request.clone() };
         let mut compiled = compile(&request, options)?;
         if let Some(statistics) = &request.calibration {
             compiled.open_statistics(statistics)?;
         }
         Ok(compiled)
     };
-    let base = quantized(None)?;
-    let subjects = subjects(&base, part);
+    let plain = quantized(None, 1)?;
+    let (mut subjects, paths) = (subjects(&plain, part), linears(&plain, part));
+    drop(plain);
+    if request.tp > 1 {
+        cut(&mut subjects, &quantized(None, request.tp)?);
+    }
     if subjects.is_empty() {
         return Err(MixedError::NoLayers { name: name.clone(), part: part.name() });
     }
@@ -168,7 +182,7 @@ pub fn choose(
     for (number, format) in formats.iter().enumerate() {
         let takes = |subject: &&Subject| subject.candidates().contains(format);
         let choices: Vec<(&Subject, Candidate)> = subjects.iter().filter(takes).map(|own| (own, *format)).collect();
-        let compiled = quantized(Some(recipe("candidate", &choices, &subjects, true)))?;
+        let compiled = quantized(Some(recipe("candidate", &choices, &paths, true)), 1)?;
         let part = |done: u64, total: u64| {
             progress(number as u64 * 100 + done * 100 / total.max(1), formats.len() as u64 * 100);
         };
@@ -199,7 +213,7 @@ pub fn choose(
     }
     let weights: u64 = subjects.iter().map(|subject| (subject.outputs * subject.inputs) as u64).sum();
     let prices: Vec<Vec<Price>> = options.iter().map(|options| options.values().copied().collect()).collect();
-    let Some(found) = allot(&prices, (bits * weights as f64) as u64) else {
+    let Some(found) = allot(&prices, budget(bits, weights)) else {
         let fewest: u64 = prices.iter().filter_map(|prices| prices.iter().map(|price| price.cost).min()).sum();
         let (layers, fewest) = (subjects.len(), fewest as f64 / weights as f64);
         return Err(MixedError::TooFew { name: name.clone(), layers, fewest });
@@ -208,7 +222,12 @@ pub fn choose(
     let choices: Vec<(&Subject, Candidate)> = subjects.iter().map(|own| (own, candidate(own.unit))).collect();
     let cost: u64 = std::iter::zip(&prices, &found).map(|(prices, option)| prices[*option].cost).sum();
     let bits = cost as f64 / weights as f64;
-    Ok(Mixed { text: recipe(name, &choices, &subjects, false), bits, layers: subjects.len() })
+    Ok(Mixed { text: recipe(name, &choices, &paths, false), bits, layers: subjects.len() })
+}
+
+/// Bits for so many weights. What people write with a point may be a little less in binary, and then lack a whole bit.
+fn budget(bits: f64, weights: u64) -> u64 {
+    (bits * weights as f64 * (1.0 + 4.0 * f64::EPSILON)) as u64
 }
 
 /// Bits that a layer takes as a candidate, and the square of its relative error.
@@ -249,10 +268,33 @@ fn subjects(compiled: &Compiled, part: Part) -> Vec<Subject> {
                 }
             };
             let (network, path) = (network.name.clone(), node.path.clone());
-            subjects.push(Subject { network, path, unit, outputs, inputs, calibrated });
+            subjects.push(Subject { network, path, unit, outputs, inputs, calibrated, cuts: Vec::new() });
         }
     }
     subjects
+}
+
+/// Paths of all linear layers, those that nothing is chosen for too.
+fn linears(compiled: &Compiled, part: Part) -> BTreeSet<String> {
+    let networks = compiled.networks.iter().filter(|passed| part.holds(&passed.network.name));
+    let nodes = networks.flat_map(|passed| &passed.network.nodes);
+    nodes.filter(|node| matches!(node.op, Op::Linear { .. })).map(|node| node.path.clone()).collect()
+}
+
+/// Notes where the ranks of a divided model cut its layers.
+fn cut(subjects: &mut [Subject], divided: &Compiled) {
+    let mut places: BTreeMap<String, &mut Subject> =
+        subjects.iter_mut().map(|subject| (subject.path.clone(), subject)).collect();
+    for node in divided.networks.iter().flat_map(|passed| &passed.network.nodes) {
+        let (Op::Linear { weight, .. }, Some(subject)) = (&node.op, places.get_mut(node.path.as_str())) else {
+            continue;
+        };
+        let mut weight = weight;
+        while let Weight::Slice { axis, start, end, of } = weight {
+            subject.cuts.push((*axis, *start, *end));
+            weight = of;
+        }
+    }
 }
 
 fn seen(compiled: &Compiled, network: &Network, input: graphs::NodeId) -> bool {
@@ -260,9 +302,9 @@ fn seen(compiled: &Compiled, network: &Network, input: graphs::NodeId) -> bool {
     key.is_some_and(|key| compiled.statistics().is_some_and(|statistics| statistics.has(&key)))
 }
 
-/// The text of a recipe: layers whose paths differ in their first number alone share a rule. `all` are the layers that it
-/// must not say too much about. For a `trial` all is rounded to nearest.
-fn recipe(name: &str, choices: &[(&Subject, Candidate)], all: &[Subject], trial: bool) -> String {
+/// The text of a recipe: layers whose paths differ in their first number alone share a rule. `all` are the paths of
+/// layers, of which it must not name too many. For a `trial` all is rounded to nearest.
+fn recipe(name: &str, choices: &[(&Subject, Candidate)], all: &BTreeSet<String>, trial: bool) -> String {
     let mut rules: Vec<((String, String), Candidate, BTreeSet<u64>)> = Vec::new();
     for (subject, candidate) in choices.iter().filter(|(_, candidate)| *candidate != Candidate::Plain) {
         let (around, number) = numbered(&subject.path);
@@ -273,7 +315,7 @@ fn recipe(name: &str, choices: &[(&Subject, Candidate)], all: &[Subject], trial:
     }
     let mut text = format!("name = \"{name}\"\n");
     for ((before, after), candidate, numbers) in rules {
-        let known = all.iter().map(|subject| numbered(&subject.path));
+        let known = all.iter().map(|path| numbered(path));
         let known: BTreeSet<u64> =
             known.filter(|(around, _)| *around == (before.clone(), after.clone())).filter_map(|(_, own)| own).collect();
         let list = || numbers.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
@@ -319,7 +361,8 @@ mod tests {
     use super::*;
 
     fn subject(path: &str, outputs: usize, inputs: usize) -> Subject {
-        Subject { network: "language".into(), path: path.into(), unit: 0, outputs, inputs, calibrated: true }
+        let (network, path) = ("language".into(), path.into());
+        Subject { network, path, unit: 0, outputs, inputs, calibrated: true, cuts: Vec::new() }
     }
 
     #[test]
@@ -331,6 +374,15 @@ mod tests {
         }
     }
 
+    /// 4.35 times 100 is less than 435.
+    #[test]
+    fn budgets_are_what_was_written() {
+        assert_eq!(
+            [budget(4.35, 100), budget(5.8, 23_040), budget(1.0, 7), budget(4.349, 100)],
+            [435, 133_632, 7, 434]
+        );
+    }
+
     #[test]
     fn candidates_fit_their_layers() {
         let int4 = |group| Candidate::Int4 { group, calibrated: true };
@@ -339,6 +391,10 @@ mod tests {
         assert_eq!(of(4, 48), [Candidate::Plain, Candidate::Int8, int4(16)], "small ones only where they must be");
         assert_eq!(of(3, 128), [Candidate::Plain, Candidate::Int8]);
         assert_eq!(of(4, 40), [Candidate::Plain, Candidate::Int8]);
+        let cut = |cuts: &[(usize, usize, usize)]| Subject { cuts: cuts.to_vec(), ..subject("x", 4, 192) }.candidates();
+        assert_eq!(cut(&[(1, 0, 96), (1, 96, 192)]), [Candidate::Plain, Candidate::Int8, int4(32)]);
+        assert_eq!(cut(&[(1, 0, 48), (1, 48, 96)]), [Candidate::Plain, Candidate::Int8, int4(16)]);
+        assert_eq!(cut(&[(0, 0, 1), (0, 1, 4)]), [Candidate::Plain, Candidate::Int8], "no half bytes");
     }
 
     /// Whatever is chosen, the recipe gives it to the layers again and to no others.
@@ -346,6 +402,7 @@ mod tests {
     fn recipes_say_what_was_chosen() {
         let paths = ["a.0.q", "a.1.q", "a.2.q", "a.0.k", "a.1.k", "head", "b.0.c.1.q", "b.1.c.1.q", "b.1.c.2.q"];
         let all: Vec<Subject> = paths.iter().map(|path| subject(path, 4, 256)).collect();
+        let known: BTreeSet<String> = paths.iter().map(|path| (*path).to_owned()).collect();
         let formats = [
             Candidate::Plain,
             Candidate::Int8,
@@ -356,7 +413,7 @@ mod tests {
             let pick = |at: usize| formats[(seed * 7919 + at * (seed + 13)) / 3 % 4];
             let choices: Vec<(&Subject, Candidate)> =
                 all.iter().enumerate().map(|(at, subject)| (subject, pick(at))).collect();
-            let text = recipe("auto:5", &choices, &all, false);
+            let text = recipe("auto:5", &choices, &known, false);
             let parsed = Recipe::parse(&text, "r.toml").unwrap();
             let found = quant::assign(&parsed, paths.iter().map(|path| (*path, 4, 256))).unwrap();
             for (found, (_, wanted)) in std::iter::zip(&found, &choices) {
@@ -372,7 +429,10 @@ mod tests {
             }
         }
         let same: Vec<(&Subject, Candidate)> = all[..3].iter().map(|own| (own, Candidate::Int8)).collect();
-        assert_eq!(recipe("x", &same, &all, false), "name = \"x\"\n[[rule]]\nmatch = \"a.*.q\"\nformat = \"int8\"\n");
-        assert!(recipe("x", &same[..2], &all, false).contains("\"a.{0,1}.q\""));
+        assert_eq!(recipe("x", &same, &known, false), "name = \"x\"\n[[rule]]\nmatch = \"a.*.q\"\nformat = \"int8\"\n");
+        // A layer of the row that nothing is chosen for.
+        let more = known.iter().cloned().chain(["a.3.q".to_owned()]).collect();
+        assert!(recipe("x", &same, &more, false).contains("\"a.{0,1,2}.q\""));
+        assert!(recipe("x", &same[..2], &known, false).contains("\"a.{0,1}.q\""));
     }
 }

@@ -124,7 +124,7 @@ fn hold(
     if count > NAMED {
         failure.causes.push(format!("and {} more", count - NAMED));
     }
-    let failure = failure.hint(Some(hint(&beyond, request, compiled)));
+    let failure = failure.hint(Some(hint(&beyond, &quality::bound_to(layers, &beyond), request, compiled)));
     if printer.is_json() {
         printer.json(&json!({ "schema": 1, "error": failure.to_json(), "quality": quality::json(layers) }));
         return Err(failure.told());
@@ -132,23 +132,33 @@ fn hold(
     Err(failure)
 }
 
-/// Rules that keep the layers, ready to paste; a whole recipe where a preset was asked for.
-fn hint(beyond: &[&Layer], request: &Request, compiled: &Compiled) -> String {
-    let vision = beyond.first().is_some_and(|layer| layer.network == "vision");
-    let of_part = beyond.iter().filter(|layer| (layer.network == "vision") == vision);
-    let rule = |layer: &&Layer| format!("\n[[rule]]\nmatch = \"{}\"\nformat = \"none\"", layer.path);
-    let rules: String = of_part.map(rule).collect();
-    let (flag, asked, network) = if vision {
-        ("--vision-quant", &request.vision_quant, "vision")
-    } else {
-        ("--quant", &request.quant, "language")
-    };
-    let recipe = compiled.recipe(network);
-    if recipe.is_preset() {
-        format!("keep them as they are, with {flag} FILE.toml:\nname = \"{asked}-kept\"\nbase = \"{asked}\"{rules}")
-    } else {
-        format!("keep them as they are, by rules before the first of the recipe `{}`:{rules}", recipe.name)
+/// Rules that keep the layers of each part, ready to paste; a whole recipe where the user has no file of it. Those `bound`
+/// to them are kept too: with factors of their own they might be off by more than they are.
+fn hint(beyond: &[&Layer], bound: &[&Layer], request: &Request, compiled: &Compiled) -> String {
+    let parts = [
+        ("--quant", &request.quant, "language", &compiled.chosen.language),
+        ("--vision-quant", &request.vision_quant, "vision", &compiled.chosen.vision),
+    ];
+    let mut hints = Vec::new();
+    for (flag, asked, part, chosen) in parts {
+        let own: Vec<&&Layer> =
+            beyond.iter().chain(bound).filter(|layer| (layer.network == "vision") == (part == "vision")).collect();
+        let Some(first) = own.first() else { continue };
+        let rule = |layer: &&&Layer| format!("\n[[rule]]\nmatch = \"{}\"\nformat = \"none\"", layer.path);
+        let rules: String = own.iter().map(rule).collect();
+        let shared = bound.iter().any(|layer| own.iter().any(|kept| std::ptr::eq(**kept, *layer)));
+        let them = if shared { "them, and what shares factors with them," } else { "them" };
+        let keep = format!("keep {them} as they are, with {flag} FILE.toml:\nname = \"{asked}-kept\"");
+        let recipe = compiled.recipe(&first.network);
+        hints.push(match chosen.as_ref().and_then(|text| text.split_once('\n')) {
+            Some((_, others)) => format!("{keep}{rules}\n{}", others.trim_end()),
+            None if recipe.is_preset() => format!("{keep}\nbase = \"{asked}\"{rules}"),
+            None => {
+                format!("keep {them} as they are, by rules before the first of the recipe `{}`:{rules}", recipe.name)
+            }
+        });
     }
+    hints.join("\n")
 }
 
 /// The `quality` object, where layers were measured.

@@ -51,6 +51,8 @@ pub struct Layer {
     pub path: String,
     pub outputs: usize,
     pub inputs: usize,
+    /// The value that it reads, before factors and rounding.
+    pub reads: Option<String>,
     pub format: Option<Format>,
     pub method: Method,
     /// What decided, for people.
@@ -92,6 +94,15 @@ pub fn exceeding(layers: &[Layer], bound: f64) -> Vec<&Layer> {
         layers.iter().filter(|layer| layer.error().is_nan() || layer.error() > bound).collect();
     found.sort_by(|a, b| b.error().total_cmp(&a.error()));
     found
+}
+
+/// Layers within the bound whose factors are searched for together with those of layers that are not, so that they would
+/// be other ones without these.
+pub fn bound_to<'l>(layers: &'l [Layer], beyond: &[&Layer]) -> Vec<&'l Layer> {
+    let scaled = |layer: &Layer| layer.method.scales_inputs() && layer.reads.is_some();
+    let shares = |layer: &&Layer| beyond.iter().any(|other| scaled(other) && other.reads == layer.reads);
+    let within = |layer: &&Layer| !beyond.iter().any(|other| std::ptr::eq(*other, *layer));
+    layers.iter().filter(|layer| scaled(layer)).filter(shares).filter(within).collect()
 }
 
 /// A layer with what it takes to compare it.
@@ -157,7 +168,7 @@ fn subject<'c>(
     };
     // What is between the value that the statistics are of and the layer: factors, roundings.
     let (mut above, mut roundings, mut factors) = (node.inputs.first(), Vec::new(), Factors::None);
-    let input = loop {
+    let reads = loop {
         let Some(before) = above.and_then(|id| network.node(*id)) else { break None };
         match &before.op {
             Op::QuantizeInput { scale, wide } => roundings.insert(0, (scale.as_ref(), *wide)),
@@ -171,7 +182,7 @@ fn subject<'c>(
     }
     let tensor = original.tensors().into_iter().find_map(|(name, _)| compiled.source.quantized_by(name));
     let statistics = compiled.statistics();
-    let input = input.filter(|input| statistics.is_some_and(|statistics| statistics.has(input)));
+    let input = reads.clone().filter(|input| statistics.is_some_and(|statistics| statistics.has(input)));
     let basis = match (&choice.format, tensor, &input, statistics) {
         (None, ..) | (_, Some(_), ..) => Basis::Exact,
         (.., Some(input), Some(statistics)) => {
@@ -192,6 +203,7 @@ fn subject<'c>(
         path: node.path.clone(),
         outputs,
         inputs,
+        reads,
         format: choice.format,
         method: choice.method,
         reason,

@@ -179,6 +179,7 @@ mod tests {
             path: path.into(),
             outputs: 4,
             inputs: 64,
+            reads: None,
             format: Some(Format::Int4 { group: 32 }),
             method: Method::Awq,
             reason: "rule 0 `**`".into(),
