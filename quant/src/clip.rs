@@ -12,8 +12,8 @@ use graphs::{DType, Format};
 use rayon::prelude::*;
 
 /// Parts of the largest magnitude that are tried, from all of it down.
-const STEPS: usize = 16;
-const STEP: f32 = 1.0 / 32.0;
+const STEPS: usize = 10;
+const STEP: f32 = 1.0 / 20.0;
 
 /// Outputs that one thread does in one go. Fixed, so that sums are the same for any number of threads.
 const BLOCK: usize = 64;

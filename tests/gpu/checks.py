@@ -56,6 +56,7 @@ def compared(model, directory, *build_flags, verify_flags=(), all_equal=False):
     for one in found["comparisons"]:
         name = one["stage"] + (" layers" if one["result"].startswith("mark/") else "")
         stages[name] = max(stages.get(name, 0), one["relative_error"] or float("nan"))
+        need(one["worst_call"] is not None, f"a result is not finite: {json.dumps(one)}")
         worst, rounding, bound = max(worst, one["worst_call"]), max(rounding, one["rounding_error"]), max(bound, one["bound"])
     record = {"errors": stages, "worst_call": worst, "rounding": rounding, "bound": bound, "equal": found["equal_choices"], "choices": found["choices"],
               "build_seconds": {engine["network"]: round(engine["seconds"], 1) for engine in built["engines"]}}
