@@ -9,7 +9,7 @@ Usage:
         --awq-python /tmp/peers-awq/bin/python [--only NAME,...]
     /tmp/peers/bin/python benches/peers.py perplexity --model DIR    (the same windows by transformers: a check of the reader)
 Each row is what one tool takes as whole commands, from loading the checkpoint to files written; for trtvlm `calibrate` and
-`build`. The perplexity is always trtvlm's own reference on the saved files. What is there in --out is not made again.
+`build`. The perplexity is always trtvlm's own reference on the saved files. What --out has is not made again.
 """
 import argparse, json, math, os, pathlib, subprocess, sys, time
 
@@ -18,7 +18,7 @@ OURS = {"trtvlm-awq": "int4-awq-g64", "trtvlm-sq": "int8-sq-token"}
 THEIRS = {
     "lc-awq": "llm-compressor AWQ", "lc-sq": "llm-compressor SmoothQuant 0.5", "lc-sq-0.8": "llm-compressor SmoothQuant 0.8",
     "lc-sq-gptq": "llm-compressor SmoothQuant 0.8 + GPTQ", "lc-rtn-w4": "llm-compressor W4, rounded", "lc-rtn-w8": "llm-compressor W8A8, rounded",
-    "autoawq": "AutoAWQ",
+    "autoawq": "AutoAWQ", "autoawq-no-clip": "AutoAWQ without its search for clipping",
 }
 
 
@@ -38,7 +38,11 @@ def compress(name, args, samples):
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    if not torch.cuda.is_available():
+        # 0.14's AWQ pins what it caches, which fails without a GPU's driver.
+        IntermediatesCache.pin_memory = lambda *_: None
     int4 = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=64))
     w4 = QuantizationModifier(config_groups={"group_0": int4}, ignore=["lm_head"])
     w8 = {"targets": "Linear", "scheme": "W8A8", "ignore": ["lm_head"]}
@@ -66,7 +70,7 @@ def autoawq(args, samples):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     # It takes lists of ids as they are, joins them and cuts windows of its own: the same ones, as all are full.
     model.quantize(tokenizer, quant_config={"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"},
-                   calib_data=samples, max_calib_samples=len(samples), max_calib_seq_len=args.window)
+                   apply_clip=args.name == "autoawq", calib_data=samples, max_calib_samples=len(samples), max_calib_seq_len=args.window)
     model.save_quantized(args.out)
     tokenizer.save_pretrained(args.out)
 
@@ -101,45 +105,46 @@ def measured(command):
 
 
 def evaluated(args, model, *options):
-    command = [args.trtvlm, "eval", "text", model, "--text", TEXT / "evaluation.txt", "--dtype", "float32", "--json", "-q", *options]
-    run = lambda tokens: json.loads(subprocess.check_output(command + ["--tokens", str(tokens)]))["results"][-1]["perplexity"]
-    return {"first": run(4096), "all": run(1 << 20)}
+    command = [args.trtvlm, "eval", "text", model, "--text", TEXT / "evaluation.txt", "--tokens", str(args.tokens), "--dtype", "float32",
+               "--window", str(args.window), "--json", "-q", *options]
+    return json.loads(subprocess.check_output(command))["results"][-1]["perplexity"]
+
+
+def row(args, name, to):
+    """One tool's figures; those that an earlier run kept are not measured again."""
+    kept = to.with_suffix(".json")
+    row = json.loads(kept.read_text()) if kept.exists() else {}
+    statistics = to.with_suffix(".safetensors")
+    of = [args.model, "--dtype", "float32"]
+    if name in OURS and "cpu" not in row:
+        steps = [
+            measured([args.trtvlm, "calibrate", *of, "--data", TEXT / "calibration.txt", "--samples", str(args.samples),
+                      "--window", str(args.window), "-o", statistics]),
+            measured([args.trtvlm, "build", *of, "-o", to, "--target", "reference", "--quant", OURS[name], "--calibration", statistics]),
+        ]
+        row = {key: (max if key == "peak_mib" else sum)(s[key] for s in steps) for key in steps[0]} | {"steps": steps}
+    elif name in THEIRS and "cpu" not in row:
+        python = args.awq_python if name.startswith("autoawq") else sys.executable
+        row = measured([python, __file__, "quantize", name, "--model", args.model, "--out", to, "--samples", str(args.samples),
+                        "--window", str(args.window)])
+    kept.write_text(json.dumps(row))
+    if "perplexity" not in row and not args.no_eval:
+        options = ["--quant", OURS[name], "--calibration", statistics] if name in OURS else []
+        row["perplexity"] = evaluated(args, to if name in THEIRS else args.model, *options)
+        kept.write_text(json.dumps(row))
+    return row
 
 
 def table(args):
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    only = args.only.split(",") if args.only else ["none", *OURS, *THEIRS]
-    for name in only:
-        kept, to = out / f"{name}.json", out / name
-        if kept.exists() or name == "autoawq" and not args.awq_python:
-            continue
-        if name == "none":
-            row = evaluated(args, args.model)
-        elif name in OURS:
-            statistics = out / f"{name}.safetensors"
-            of = [args.model, "--dtype", "float32"]
-            steps = [
-                measured([args.trtvlm, "calibrate", *of, "--data", TEXT / "calibration.txt", "--samples", str(args.samples),
-                          "--window", str(args.window), "-o", statistics]),
-                measured([args.trtvlm, "build", *of, "-o", to, "--target", "reference", "--quant", OURS[name], "--calibration", statistics]),
-            ]
-            row = {"wall": sum(s["wall"] for s in steps), "cpu": sum(s["cpu"] for s in steps), "peak_mib": max(s["peak_mib"] for s in steps),
-                   "steps": steps, **evaluated(args, args.model, "--quant", OURS[name], "--calibration", statistics)}
-        else:
-            python = args.awq_python if name == "autoawq" else sys.executable
-            row = measured([python, __file__, "quantize", name, "--model", args.model, "--out", to, "--samples", str(args.samples),
-                            "--window", str(args.window)])
-            kept.write_text(json.dumps(row))
-            row |= evaluated(args, to)
-        kept.write_text(json.dumps(row))
-    print("| | first 4096 tokens | all | CPU s | wall s | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
-    for name in only:
-        if (out / f"{name}.json").exists():
-            row = json.loads((out / f"{name}.json").read_text())
-            figure = lambda key, digits: f"{row[key]:.{digits}f}" if key in row else ""
-            print(f"| {OURS.get(name) or THEIRS.get(name) or name} | {figure('first', 3)} | {figure('all', 3)} | {figure('cpu', 0)} "
-                  f"| {figure('wall', 0)} | {figure('peak_mib', 0)} |")
+    names = args.only.split(",") if args.only else ["none", *OURS, *THEIRS]
+    rows = {name: row(args, name, out / name) for name in names if args.awq_python or not name.startswith("autoawq")}
+    print("| | perplexity | CPU s | wall s | peak MiB |\n| --- | --- | --- | --- | --- |")
+    for name, r in rows.items():
+        figure = lambda key, digits: f"{r[key]:.{digits}f}" if key in r else ""
+        label = OURS.get(name) or THEIRS.get(name) or "unquantized"
+        print(f"| {label} | {figure('perplexity', 3)} | {figure('cpu', 0)} | {figure('wall', 0)} | {figure('peak_mib', 0)} |")
 
 
 def main():
@@ -151,12 +156,14 @@ def main():
     flags.add_argument("--trtvlm", default="target/release/trtvlm")
     flags.add_argument("--awq-python")
     flags.add_argument("--only")
+    flags.add_argument("--no-eval", action="store_true", help="quantize only; a later run measures the perplexity")
+    flags.add_argument("--tokens", type=int, default=16384, help="of the text for evaluation, from its start")
     flags.add_argument("--samples", type=int, default=32)
     flags.add_argument("--window", type=int, default=512)
     args = flags.parse_args()
     if args.action == "quantize":
         samples = windows(args.model, TEXT / "calibration.txt", args.window, args.samples)
-        autoawq(args, samples) if args.name == "autoawq" else compress(args.name, args, samples)
+        autoawq(args, samples) if args.name.startswith("autoawq") else compress(args.name, args, samples)
     else:
         (table if args.action == "table" else perplexity)(args)
 
