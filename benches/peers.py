@@ -80,7 +80,7 @@ def perplexity(args):
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     loss = told = seen = 0
-    for ids in windows(args.model, TEXT / "evaluation.txt", args.window):
+    for ids in windows(args.model, TEXT / "evaluation.txt", args.window, args.tokens // args.window):
         if len(ids) < 2:
             continue
         with torch.no_grad():
@@ -88,8 +88,6 @@ def perplexity(args):
         loss += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
         told += len(ids) - 1
         seen += len(ids)
-        if seen == 4096:
-            print(json.dumps({"tokens": seen, "perplexity": math.exp(loss / told)}))
     print(json.dumps({"tokens": seen, "perplexity": math.exp(loss / told)}))
 
 
