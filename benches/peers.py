@@ -3,7 +3,7 @@
 Set up (AutoAWQ 0.2.9 needs older packages, so it has an environment of its own; leave --awq-python out to skip it):
     python3 -m venv /tmp/peers && /tmp/peers/bin/pip install llmcompressor==0.14.0.1
     python3 -m venv /tmp/peers-awq && /tmp/peers-awq/bin/pip install torch==2.6.0 transformers==4.51.3 setuptools wheel \
-        && /tmp/peers-awq/bin/pip install --no-build-isolation autoawq==0.2.9
+        && /tmp/peers-awq/bin/pip install --no-build-isolation autoawq==0.2.9 transformers==4.51.3 datasets==3.6.0
 Usage:
     /tmp/peers/bin/python benches/peers.py table --model /tmp/smollm2 --trtvlm target/release/trtvlm --out /tmp/peers-out \
         --awq-python /tmp/peers-awq/bin/python [--only NAME,...]
