@@ -91,15 +91,16 @@ fn columns(whole: &Stored, width: usize, start: usize, end: usize) -> Stored {
 
 /// Joins stored matrices along one logical axis (0 is out, 1 is in), checked to be of one format and to fit.
 pub(crate) fn concat(weight: &Weight, axis: usize, parts: &[Stored]) -> Result<Stored, QuantError> {
-    let scales: Vec<&Stored> = parts.iter().filter_map(|part| part.scale.as_deref()).collect();
-    let (Some(first), Some(scale)) = (parts.first(), scales.first()) else {
+    // A part of no weights has scales of nothing.
+    let payloads: Vec<&Stored> = parts.iter().filter(|part| !part.bytes.is_empty()).collect();
+    let scales: Vec<&Stored> = payloads.iter().filter_map(|part| part.scale.as_deref()).collect();
+    let (Some(first), Some(scale)) = (payloads.first(), scales.first()) else {
         return refuse(weight, "there are no quantized parts".into());
     };
     if axis == 1 && first.dtype == DType::Int8 && scales.iter().any(|other| other != scale) {
         let reason = "int8 parts with different scales do not join along their inputs: join, then quantize";
         return refuse(weight, reason.into());
     }
-    let payloads: Vec<&Stored> = parts.iter().collect();
     let scale = match (axis, first.dtype) {
         (0, _) => beside(&scales),
         (_, DType::Int8) => scales[0].clone(),
