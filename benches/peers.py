@@ -16,8 +16,8 @@ import argparse, json, math, os, pathlib, subprocess, sys, time
 TEXT = pathlib.Path(__file__).resolve().parent.parent / "fixtures" / "text"
 OURS = {"trtvlm-awq": "int4-awq-g64", "trtvlm-sq": "int8-sq-token"}
 THEIRS = {
-    "lc-awq": "llm-compressor AWQ", "lc-sq": "llm-compressor SmoothQuant 0.5", "lc-sq-0.8": "llm-compressor SmoothQuant 0.8",
-    "lc-sq-gptq": "llm-compressor SmoothQuant 0.8 + GPTQ", "lc-rtn-w4": "llm-compressor W4, rounded", "lc-rtn-w8": "llm-compressor W8A8, rounded",
+    "lc-awq": "llm-compressor AWQ", "lc-sq": "llm-compressor SmoothQuant 0.5",
+    "lc-rtn-w8": "llm-compressor W8A8, rounded",
     "autoawq": "AutoAWQ", "autoawq-no-clip": "AutoAWQ without its search for clipping",
 }
 
@@ -34,7 +34,6 @@ def compress(name, args, samples):
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -48,11 +47,8 @@ def compress(name, args, samples):
     w8 = {"targets": "Linear", "scheme": "W8A8", "ignore": ["lm_head"]}
     recipe = {
         "lc-awq": lambda: [AWQModifier(), w4],
-        "lc-rtn-w4": lambda: [w4],
         "lc-rtn-w8": lambda: [QuantizationModifier(**w8)],
         "lc-sq": lambda: [SmoothQuantModifier(), QuantizationModifier(**w8)],
-        "lc-sq-0.8": lambda: [SmoothQuantModifier(smoothing_strength=0.8), QuantizationModifier(**w8)],
-        "lc-sq-gptq": lambda: [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**w8)],
     }[name]()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     data = Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(s) for s in samples]})

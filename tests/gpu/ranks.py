@@ -118,7 +118,7 @@ def memory_checks(work, tools):
             shutil.rmtree(checkpoint)
         need(done.returncode == 0, last_lines(done.stderr, 12))
         told = json.loads(done.stdout)
-        engines = [{key: engine.get(key) for key in ("network", "rank", "bytes", "seconds", "peak_own_memory_bytes")} for engine in told["engines"]]
+        engines = [{key: engine.get(key) for key in ("network", "bytes", "seconds", "peak_own_memory_bytes")} for engine in told["engines"]]
         return {"wall": round(time.monotonic() - start, 1), "parent": told.get("parent_peak_memory_bytes"), "engines": engines}
 
     for shape in ("llava-1.5-7b", "llava-1.5-13b"):
