@@ -2,7 +2,7 @@
 //! which are divided by it, into the weights, which are multiplied.
 
 use crate::round_to_nearest;
-use graphs::interpret::multiply;
+use graphs::interpret::{multiply, round_tokens};
 use graphs::{DType, Format};
 use rayon::prelude::*;
 
@@ -40,7 +40,7 @@ pub(crate) fn bounded(factor: f32) -> f32 {
 
 /// What all factors have to be multiplied by, at most 1, so that no sum of products of INT8 inputs and scaled weights leaves
 /// float16. Scales of tokens take the rest: they are multiplied after the sum.
-pub fn product_limit(matrices: &[&[f32]], factors: &[f32]) -> f32 {
+pub(crate) fn product_limit(matrices: &[&[f32]], factors: &[f32]) -> f32 {
     let sum = |row: &[f32]| std::iter::zip(row, factors).map(|(value, factor)| (value * factor).abs()).sum::<f32>();
     let rows = matrices.iter().flat_map(|matrix| matrix.chunks_exact(factors.len().max(1)));
     let most = rows.map(sum).fold(0.0f32, f32::max) * 128.0;
@@ -66,37 +66,78 @@ pub struct Smoothed<'m> {
 }
 
 impl Smoothed<'_> {
-    /// The candidate, factors of each channel, under which products of INT8 inputs and weights lose least; the first of
-    /// equals.
-    pub fn best(&self, candidates: Vec<Vec<f32>>, compute: DType) -> usize {
-        let losses: Vec<f64> = candidates.par_iter().map(|factors| self.loss(factors, compute)).collect();
+    /// Factors of the channels that are made, which may be fewer than are read: `alpha`'s, or those that lose least.
+    /// `of_inputs` and `of_weights` are their largest magnitudes; `spread` makes factors of the channels read of them, and
+    /// `join` the mean of what belongs to each.
+    pub fn search(
+        &self,
+        alpha: Option<f32>,
+        [of_inputs, of_weights]: [&[f32]; 2],
+        spread: &dyn Fn(&[f32]) -> Vec<f32>,
+        join: &dyn Fn(&[f32]) -> Vec<f32>,
+        compute: DType,
+    ) -> Vec<f32> {
+        let by = |alpha| smooth(of_inputs, of_weights, alpha);
+        let mut found = alpha.map_or_else(
+            || {
+                // Where inputs have no outliers it may be best to leave them alone.
+                let mut candidates = vec![vec![1.0; of_inputs.len()]];
+                candidates.extend(ALPHAS.map(by));
+                let (best, loss) = self.best(candidates.iter().map(|own| spread(own)).collect(), compute);
+                let best = candidates.swap_remove(best);
+                let balanced = self.balance(best.clone(), spread, join);
+                if self.loss(&spread(&balanced), compute) < loss { balanced } else { best }
+            },
+            by,
+        );
+        if self.per_token {
+            let all = product_limit(self.matrices, &spread(&found));
+            found.iter_mut().for_each(|factor| *factor *= all);
+        }
+        found
+    }
+
+    /// The candidate, factors of each channel, under which products of INT8 inputs and weights lose least, the first of
+    /// equals; and what it loses.
+    pub fn best(&self, candidates: Vec<Vec<f32>>, compute: DType) -> (usize, f64) {
+        let wanted = self.products();
+        let losses: Vec<f64> = candidates.par_iter().map(|factors| self.off(&wanted, factors, compute)).collect();
         let better = |best: usize, at: usize| if losses[at] < losses[best] { at } else { best };
-        (1..losses.len()).fold(0, better)
+        let best = (1..losses.len()).fold(0, better);
+        (best, losses.get(best).copied().unwrap_or(0.0))
     }
 
     /// Sum of squares by which the products are off.
     pub fn loss(&self, factors: &[f32], compute: DType) -> f64 {
+        self.off(&self.products(), factors, compute)
+    }
+
+    /// Of each matrix, `[.., out]`.
+    fn products(&self) -> Vec<Vec<f32>> {
+        let width = self.absmax.len().max(1);
+        let product = |weights: &&[f32]| {
+            multiply(self.rows, weights, [self.rows.len() / width, width, weights.len() / width], true, false)
+        };
+        self.matrices.iter().map(product).collect()
+    }
+
+    fn off(&self, wanted: &[Vec<f32>], factors: &[f32], compute: DType) -> f64 {
         let width = factors.len().max(1);
-        let count = self.rows.len() / width;
-        let scale = activation_scale(self.absmax, Some(factors));
         let mut inputs = self.rows.to_vec();
         for row in inputs.chunks_exact_mut(width) {
-            std::iter::zip(&mut *row, factors).for_each(|(value, factor)| *value /= factor);
-            let most = row.iter().fold(0.0f32, |most, value| most.max(value.abs()));
-            let own = if most > 0.0 { most / 127.0 } else { 1.0 };
-            let scale = if self.per_token { own } else { scale };
-            row.iter_mut().for_each(|value| *value = (*value / scale).round_ties_even().clamp(-128.0, 127.0) * scale);
+            std::iter::zip(row, factors).for_each(|(value, factor)| *value /= factor);
         }
-        let loss = |weights: &&[f32]| {
+        let scale = (!self.per_token).then(|| activation_scale(self.absmax, Some(factors)));
+        round_tokens(&mut inputs, width, scale, None, false);
+        let loss = |(weights, wanted): (&&[f32], &Vec<f32>)| {
             let outputs = weights.len() / width;
             let mut scaled = weights.to_vec();
             let rows = scaled.chunks_exact_mut(width);
             rows.for_each(|row| std::iter::zip(row, factors).for_each(|(value, factor)| *value *= factor));
             round_to_nearest(&mut scaled, width, Format::Int8, compute);
-            let found = multiply(&inputs, &scaled, [count, width, outputs], true, false);
-            let wanted = multiply(self.rows, weights, [count, width, outputs], true, false);
+            let found = multiply(&inputs, &scaled, [inputs.len() / width, width, outputs], true, false);
             std::iter::zip(found, wanted).map(|(found, wanted)| f64::from((found - wanted).powi(2))).sum::<f64>()
         };
-        self.matrices.iter().map(loss).sum()
+        std::iter::zip(self.matrices, wanted).map(loss).sum()
     }
 }

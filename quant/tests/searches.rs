@@ -6,7 +6,7 @@ use graphs::{DType, Format};
 use half::f16;
 use proptest::prelude::*;
 use quant::awq::{self, Matrix};
-use quant::{Gathered, Share, Smoothed, activation_scale, clip, product_limit, smooth};
+use quant::{Gathered, Share, Smoothed, activation_scale, clip, smooth};
 
 /// Inputs of which some channels are much larger than others.
 fn uneven(rows: usize, width: usize, seed: u64) -> Vec<f32> {
@@ -141,21 +141,52 @@ proptest! {
             let found = smoothed.loss(factors, DType::Float16);
             prop_assert!((found - wanted).abs() <= 5e-2 * wanted + 1e-4, "{found} {wanted}");
         }
-        let best = smoothed.best(candidates, DType::Float16);
+        let (best, _) = smoothed.best(candidates, DType::Float16);
         prop_assert!(wanted.iter().all(|other| wanted[best] <= other * 1.1 + 1e-4), "{best} of {wanted:?}");
     }
 
-    /// Sums of INT8 inputs times weights stay within float16, and factors that need no change have none.
+    /// What is found loses no more than no factors or any alpha, a given alpha has its factors; sums of tokens' INT8 values
+    /// times weights stay within float16 (all factors are then smaller by the same part), whatever the weights.
     #[test]
-    fn products_stay_within_float16(case in cases(), exponent in -4i32..12) {
-        let (weights, width) = (case.weights(), case.width);
-        let factors: Vec<f32> = noise(width, case.seed ^ 3).iter().map(|x| (x + exponent as f32).exp2()).collect();
-        let all = product_limit(&[&weights], &factors);
-        let most = |all: f32| weights.chunks(width).map(|row| {
-            row.iter().zip(&factors).map(|(w, s)| 128.0 * f64::from(w.abs()) * f64::from(s * all)).sum::<f64>()
+    fn smoothing_found_is_best_and_within_float16(
+        case in cases(), per_token in any::<bool>(), exponent in -2i32..14, given in prop::option::of(0.3f32..0.8),
+    ) {
+        let (inputs, width) = (case.inputs(), case.width);
+        let weights: Vec<f32> = case.weights().iter().map(|w| w * (exponent as f32).exp2()).collect();
+        let largest = |values: &[f32]| -> Vec<f32> {
+            (0..width).map(|at| values.iter().skip(at).step_by(width).fold(0.0f32, |most, x| most.max(x.abs()))).collect()
+        };
+        let (absmax, of_weights) = (largest(&inputs), largest(&weights));
+        let matrices = [&weights[..]];
+        let smoothed = Smoothed { matrices: &matrices, rows: &inputs, absmax: &absmax, per_token };
+        let same = |factors: &[f32]| factors.to_vec();
+        let found = smoothed.search(given, [&absmax, &of_weights], &same, &same, DType::Float32);
+        let most = |factors: &[f32]| weights.chunks(width).map(|row| {
+            row.iter().zip(factors).map(|(w, s)| 128.0 * f64::from(w.abs()) * f64::from(*s)).sum::<f64>()
         }).fold(0.0, f64::max);
-        prop_assert!(most(all) < 65504.0, "{}", most(all));
-        prop_assert_eq!(all == 1.0, most(1.0) <= 6e4);
+        prop_assert!(!per_token || most(&found) < 65504.0, "{}", most(&found));
+        match given {
+            Some(alpha) => {
+                let wanted = smooth(&absmax, &of_weights, alpha);
+                let all = f64::from(found[0] / wanted[0]);
+                prop_assert!(std::iter::zip(&found, &wanted).all(|(f, w)| (f64::from(f / w) / all - 1.0).abs() < 1e-5));
+                prop_assert_eq!((all - 1.0).abs() < 1e-5, !per_token || most(&wanted) <= 6e4);
+            }
+            None => for other in std::iter::once(vec![1.0; width]).chain([0.5, 0.7, 0.9].map(|alpha| smooth(&absmax, &of_weights, alpha))) {
+                let [found, other] = [&found, &other].map(|factors| smoothed.loss(factors, DType::Float32));
+                prop_assert!(found <= other * 1.01 + 1e-5, "{found} {other}");
+            },
+        }
+    }
+
+    /// Of many outputs some stand for all: exactly, where they repeat themselves.
+    #[test]
+    fn a_loss_is_estimated_by_some_outputs(width in 2usize..12, times in 17usize..60, seed in any::<u64>()) {
+        let (block, inputs) = (noise(64 * width, seed), uneven(5, width, seed ^ 1));
+        let factors: Vec<f32> = noise(width, seed ^ 2).iter().map(|x| x.exp2()).collect();
+        let loss = |weights: &[f32]| awq::loss(&Matrix { weights, format: Format::Int8 }, &inputs, &factors, DType::Float32);
+        let (one, all) = (loss(&block), loss(&block.repeat(times)));
+        prop_assert!((all / (one * times as f64) - 1.0).abs() < 1e-9, "{all} {one}");
     }
 
     /// No factor alone could lower what rounding is expected to cost by much, and no start costs less.

@@ -3,9 +3,7 @@
 use super::{Channels, Statistics, StatisticsError};
 use graphs::{DType, Format, Weight};
 use quant::awq::{self, Matrix};
-use quant::{
-    ALPHAS, Entry, InputStatistics, MemorySource, Method, QuantError, Smoothed, Source, SourceError, materialize_f32,
-};
+use quant::{Entry, InputStatistics, MemorySource, Method, QuantError, Smoothed, Source, SourceError, materialize_f32};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -171,28 +169,12 @@ fn find(
                     let mut most = vec![0.0; *width];
                     weights.iter().for_each(|weights| quant::join_column_absmax(weights, &mut most));
                     let (of_inputs, of_weights) = (channels.most(&seen.absmax), channels.most(&most));
-                    let factors = |alpha| quant::smooth(&of_inputs, &of_weights, alpha);
                     let matrices: Vec<&[f32]> = weights.iter().map(Vec::as_slice).collect();
                     let (rows, absmax) = (&seen.rows[..], &seen.absmax[..]);
                     let smoothed = Smoothed { matrices: &matrices, rows, absmax, per_token: *per_token };
+                    let own = [&of_inputs[..], &of_weights];
                     let spread = |own: &[f32]| channels.spread(own, *width);
-                    // Where inputs have no outliers it may be best to leave them alone.
-                    let searched = || {
-                        let mut candidates = vec![vec![1.0; of_inputs.len()]];
-                        candidates.extend(ALPHAS.map(factors));
-                        let wide =
-                            |candidates: &[Vec<f32>]| candidates.iter().map(|own| spread(own)).collect::<Vec<_>>();
-                        let best = candidates[smoothed.best(wide(&candidates), compute)].clone();
-                        let balanced = smoothed.balance(best.clone(), &spread, &|wide| channels.mean(wide));
-                        let both = [best, balanced];
-                        both[smoothed.best(wide(&both), compute)].clone()
-                    };
-                    let mut found = alpha.map_or_else(searched, factors);
-                    if *per_token {
-                        let all = quant::product_limit(&matrices, &spread(&found));
-                        found.iter_mut().for_each(|factor| *factor *= all);
-                    }
-                    found
+                    smoothed.search(*alpha, own, &spread, &|wide| channels.mean(wide), compute)
                 }
                 _ => {
                     let matrix = |(weights, (_, format)): (_, &(Weight, Format))| Matrix { weights, format: *format };

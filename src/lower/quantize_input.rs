@@ -29,14 +29,15 @@ impl<'n> Lowering<'_, 'n, '_> {
                 let most = self.magnitudes(node, of);
                 let least = self.number(&name("least"), LEAST, dtype, rank)?;
                 let most = self.target.elementwise(&name("at_least"), most?, least, ElementWiseOperation::Max);
-                // The largest value of a wide token is half a step from both its neighbours, so that the last bit of the scale
-                // decides: it is divided as in the reference and in the tool that made such a checkpoint.
-                let (steps, operation) = match wide {
-                    true => (127.5, ElementWiseOperation::Div),
-                    false => (1.0 / 127.0, ElementWiseOperation::Prod),
-                };
-                let steps = self.number(&name("steps"), steps, dtype, rank)?;
-                let scales = self.target.elementwise(&name("scales"), most.map_err(refused())?, steps, operation);
+                // Divided as in the reference: the largest value of a `wide` token is half a step from both its neighbours, so
+                // that the last bit of the scale decides.
+                let steps = self.number(&name("steps"), if wide { 127.5 } else { 127.0 }, dtype, rank)?;
+                let scales = self.target.elementwise(
+                    &name("scales"),
+                    most.map_err(refused())?,
+                    steps,
+                    ElementWiseOperation::Div,
+                );
                 let scales = scales.map_err(refused())?;
                 self.token_scales.insert(NodeId(self.values.len()), scales);
                 let divided = self.target.elementwise(&name("divided"), x, scales, ElementWiseOperation::Div);
