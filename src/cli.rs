@@ -1,16 +1,21 @@
 //! The command line: types for clap, and the way from them to the commands.
+mod eval;
 mod ranks;
+mod value;
 
+pub use eval::{EvalCommand, EvalPicturesArgs, EvalTextArgs};
 pub use ranks::{ProcessArgs, RankArgs};
+pub use value::{DTypeChoice, DeviceChoice, EmbeddingSharding, GPUS, Target};
 
 use crate::commands;
 use crate::compile::KvCache;
 use crate::failure::{Exit, Failure};
 use crate::report::{Color, Printer, ProgressMode};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use graphs::DType;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use value::{bound, dtype, float, gpu, jobs};
 
 /// Compiles vision-language checkpoints into TensorRT engines.
 #[derive(Debug, Parser)]
@@ -158,24 +163,6 @@ pub struct ModelOptions {
     pub max_multimodal_len: Option<usize>,
 }
 
-/// How the table of words is divided among the ranks of tensor parallelism.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum EmbeddingSharding {
-    /// By words
-    Vocab,
-    /// Not at all
-    None,
-}
-
-impl EmbeddingSharding {
-    pub fn name(self) -> &'static str {
-        match self {
-            EmbeddingSharding::Vocab => "vocab",
-            EmbeddingSharding::None => "none",
-        }
-    }
-}
-
 /// What quantization costs each layer.
 #[derive(Debug, Default, Args)]
 pub struct QualityArgs {
@@ -185,11 +172,6 @@ pub struct QualityArgs {
     /// Fail before anything is built if a layer's relative output error is larger
     #[arg(long, value_name = "ERROR", value_parser = bound)]
     pub max_error: Option<f64>,
-}
-
-fn bound(text: &str) -> Result<f64, String> {
-    let number = text.parse().ok().filter(|bound: &f64| bound.is_finite() && *bound >= 0.0);
-    number.ok_or_else(|| "wanted a number from 0 on".into())
 }
 
 #[derive(Debug, Args)]
@@ -228,14 +210,6 @@ pub struct PlanArgs {
     /// As `build` takes it, for the memory that it needs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = jobs)]
     pub jobs: usize,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DeviceChoice {
-    /// A GPU where there is one
-    Auto,
-    Cpu,
-    Cuda,
 }
 
 #[derive(Debug, Args)]
@@ -409,72 +383,6 @@ pub struct DemoArgs {
     pub output: Option<PathBuf>,
 }
 
-#[derive(Debug, Subcommand)]
-pub enum EvalCommand {
-    /// Perplexity of a text under each scheme, and how far its next tokens are from the unquantized model's
-    Text(EvalTextArgs),
-    /// Exact match, character error rate and likelihood of answers about pictures under each scheme
-    Pictures(EvalPicturesArgs),
-}
-
-#[derive(Debug, Args)]
-pub struct EvalTextArgs {
-    pub model: String,
-    #[arg(long, value_name = "FILE")]
-    pub text: PathBuf,
-    /// Tokens from the start of the text
-    #[arg(long, default_value_t = 4096)]
-    pub tokens: usize,
-    /// Tokens that see each other
-    #[arg(long, default_value_t = 512)]
-    pub window: usize,
-    #[arg(long, value_delimiter = ',', default_value = "none")]
-    pub quant: Vec<String>,
-    /// Statistics that `calibrate` wrote
-    #[arg(long, value_name = "STATS")]
-    pub calibration: Option<PathBuf>,
-    /// As `build` takes it, for every scheme; compared with a cache of the networks' own type
-    #[arg(long, value_enum, default_value = "auto")]
-    pub kv_cache: KvCache,
-    /// Write a page with what each scheme does to each layer, and the figures of the whole model
-    #[arg(long, value_name = "FILE.html")]
-    pub report: Option<PathBuf>,
-    #[arg(long, default_value = "auto", value_parser = dtype)]
-    pub dtype: DTypeChoice,
-}
-
-#[derive(Debug, Args)]
-pub struct EvalPicturesArgs {
-    pub model: String,
-    /// Tensor `pictures`, uint8 [count, height, width, channels]
-    #[arg(long, value_name = "FILE")]
-    pub pictures: PathBuf,
-    /// JSON list of the expected answers
-    #[arg(long, value_name = "FILE")]
-    pub references: PathBuf,
-    /// JSON object with `prompt` (null for a model that reads pages) and `maxtok`
-    #[arg(long, value_name = "FILE")]
-    pub task: PathBuf,
-    #[arg(long, value_delimiter = ',', default_value = "none")]
-    pub quant: Vec<String>,
-    /// Statistics that `calibrate` wrote
-    #[arg(long, value_name = "STATS")]
-    pub calibration: Option<PathBuf>,
-    #[arg(long, default_value = "none")]
-    pub vision_quant: String,
-    /// As `build` takes it, for every scheme; compared with a cache of the networks' own type
-    #[arg(long, value_enum, default_value = "auto")]
-    pub kv_cache: KvCache,
-    /// Only the first pictures
-    #[arg(long)]
-    pub limit: Option<usize>,
-    /// Write a page with what each scheme does to each layer, and the figures of the whole model
-    #[arg(long, value_name = "FILE.html")]
-    pub report: Option<PathBuf>,
-    #[arg(long, default_value = "auto", value_parser = dtype)]
-    pub dtype: DTypeChoice,
-}
-
 #[derive(Debug, Args)]
 pub struct SynthArgs {
     /// A known shape (llava-1.5-7b; a wrong name lists all), a config.json, or its folder
@@ -491,60 +399,6 @@ pub struct SynthArgs {
     /// Layers of the language part [default: the config's]
     #[arg(long)]
     pub layers: Option<usize>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Target {
-    /// Interpreted on the CPU
-    Reference,
-    /// TensorRT-RTX engines, built without a GPU
-    Rtx,
-    /// TensorRT 10 engines, built and run on the GPU at hand
-    Tensorrt,
-}
-
-impl Target {
-    /// Its name in a manifest.
-    pub fn name(self) -> &'static str {
-        match self {
-            Target::Reference => "reference",
-            Target::Rtx => "rtx",
-            Target::Tensorrt => "tensorrt",
-        }
-    }
-}
-
-/// A type, or none for the checkpoint's own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DTypeChoice(pub Option<DType>);
-
-fn dtype(text: &str) -> Result<DTypeChoice, String> {
-    match float(text) {
-        Ok(dtype) => Ok(DTypeChoice(Some(dtype))),
-        Err(_) if text == "auto" => Ok(DTypeChoice(None)),
-        Err(_) => Err("wanted auto, float16, bfloat16 or float32".into()),
-    }
-}
-
-fn float(text: &str) -> Result<DType, String> {
-    let known = DType::parse(text).filter(|dtype| dtype.is_float() && dtype.name() == text);
-    known.ok_or_else(|| "wanted float16, bfloat16 or float32".into())
-}
-
-/// Compute capabilities that TensorRT-RTX builds for.
-pub const GPUS: [u32; 6] = [75, 80, 86, 89, 120, 121];
-
-fn gpu(text: &str) -> Result<u32, String> {
-    let number = text.strip_prefix("sm").and_then(|number| number.parse().ok());
-    number.filter(|number| GPUS.contains(number)).ok_or_else(|| {
-        let names: Vec<String> = GPUS.iter().map(|gpu| format!("sm{gpu}")).collect();
-        format!("wanted one of {}", names.join(", "))
-    })
-}
-
-fn jobs(text: &str) -> Result<usize, String> {
-    let number = text.parse().ok().filter(|number| (1..=1024).contains(number));
-    number.ok_or_else(|| "wanted a number from 1 to 1024".into())
 }
 
 /// Parses, dispatches, reports. Never panics on what a user gives; a panic all the same is our fault and says so.
