@@ -7,6 +7,7 @@
 //!   became 0), the scale is the next larger value of its type;
 //! - a scale beyond the type is infinite: the caller refuses it.
 use graphs::DType;
+use graphs::interpret::ROUNDER;
 use half::{bf16, f16};
 
 /// A float type that weights are stored in.
@@ -166,8 +167,6 @@ pub(crate) fn given_scale(scale: f32, dtype: DType) -> f32 {
     }
 }
 
-/// Adding this to a small float leaves its rounded value, half to even, in the low bits.
-const ROUNDER: f32 = 12_582_912.0;
 /// Adding this to a quotient rounds it to a multiple of 2^-13.
 const SNAPPER: f32 = 1536.0;
 

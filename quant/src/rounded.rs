@@ -1,5 +1,6 @@
 //! Matrices rounded to a format and back, on slices: what searches compare. `[out, in]`, scales as they are stored.
 use crate::round;
+use graphs::interpret::nearest;
 use graphs::{DType, Format};
 
 /// Inputs that share a scale.
@@ -23,6 +24,6 @@ pub fn round_to_nearest(weights: &mut [f32], input: usize, format: Format, compu
 pub(crate) fn round_by(values: &mut [f32], scale: f32, limit: f32) {
     let inverse = 1.0 / scale;
     for value in values {
-        *value = (*value * inverse).round_ties_even().clamp(-limit - 1.0, limit) * scale;
+        *value = nearest((*value * inverse).clamp(-limit - 1.0, limit)) * scale;
     }
 }

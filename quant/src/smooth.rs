@@ -39,12 +39,12 @@ pub(crate) fn bounded(factor: f32) -> f32 {
 }
 
 /// What all factors have to be multiplied by, at most 1, so that no sum of products of INT8 inputs and scaled weights leaves
-/// float16. Scales of tokens take the rest: they are multiplied after the sum.
+/// float16. Scales of tokens take the rest: they are multiplied after the sum. A power of two, which changes no rounding.
 pub(crate) fn product_limit(matrices: &[&[f32]], factors: &[f32]) -> f32 {
     let sum = |row: &[f32]| std::iter::zip(row, factors).map(|(value, factor)| (value * factor).abs()).sum::<f32>();
     let rows = matrices.iter().flat_map(|matrix| matrix.chunks_exact(factors.len().max(1)));
     let most = rows.map(sum).fold(0.0f32, f32::max) * 128.0;
-    if most > HALF_LIMIT { HALF_LIMIT / most } else { 1.0 }
+    if most > HALF_LIMIT { (HALF_LIMIT / most).log2().floor().exp2() } else { 1.0 }
 }
 
 /// One scale for all channels, after smoothing; 1 where there is nothing.

@@ -13,7 +13,7 @@ use crate::{Axis, Cache, DType, Dim, Network, Node, NodeId, Op, Weight};
 pub use array::{Array, Data};
 use attention::Bias;
 pub use collective::{Collective, Group, Member};
-pub use kernels::round_tokens;
+pub use kernels::{ROUNDER, nearest, round_tokens};
 pub use matmul::multiply;
 use rayon::prelude::*;
 use std::borrow::Borrow;
