@@ -297,7 +297,9 @@ def sanitize_checks(work):
         text = done.stdout + done.stderr
         summary = [line for line in text.splitlines() if "SUMMARY" in line or "RACECHECK" in line]
         clean = bool(summary) and ("0 errors" in summary[-1] or "0 hazards" in summary[-1])
-        need(done.returncode == 0 and clean, f"exit {done.returncode}\n{last_lines(text, 14)}")
+        told = [line for line in text.splitlines() if line.startswith("=====") and "Host Frame" not in line]
+        need(done.returncode == 0 and clean,
+             f"exit {done.returncode}\n" + "\n".join(told[:20] + told[-1:]) + "\n" + last_lines(done.stderr, 3))
         return {"summary": summary[-1].strip("= "), "tool": version}
 
     return {f"compute-sanitizer {kind}: {case}": lambda kind=kind, name=name, flags=flags: sanitized(kind, name, flags)
