@@ -86,15 +86,20 @@ def rank_checks(work, batch, tools):
                 asks = ("--prompt", "What is it?", "Why?", "--image", picture(work / f"tp-{name}-{dtype}.png"), "--max-new-tokens", "12")
                 return divided(work, model, f"tp-{name}-{dtype}", dtype, *batch, asks=asks, places=places)
             checks[f"two ranks: {name} {dtype}"] = fixture
-        def llama(dtype=dtype):
-            model = shape(work, f"tp-llama-{dtype}", hidden_size=1024, intermediate_size=2816, num_attention_heads=8,
+        def llama(dtype=dtype, cache="auto"):
+            name = f"tp-llama-{dtype}-{cache}"
+            model = shape(work, name, hidden_size=1024, intermediate_size=2816, num_attention_heads=8,
                           num_key_value_heads=2, num_hidden_layers=4)
             sizes = ("--max-batch-size", "3", "--max-input-len", "200", "--max-output-len", "60")
-            return divided(work, model, f"tp-llama-{dtype}", dtype, *sizes, verify_flags=("--input-len", "197", "--steps", "40"),
+            return divided(work, model, name, dtype, *sizes, "--kv-cache", cache, verify_flags=("--input-len", "197", "--steps", "40"),
                            places=places, bench=("--batch", "1,3", "--input-len", "128"))
         if gpus() > 1 and dtype == "float16":
             checks["two ranks: a process for each"] = lambda: processes(work)
-        checks[f"two ranks: LLaMA of 4 layers, 8 heads of 128 on 2, {dtype}, 3 prompts of 197 tokens, 40 steps"] = llama
+        name = f"two ranks: LLaMA of 4 layers, 8 heads of 128 on 2, {dtype}, 3 prompts of 197 tokens, 40 steps"
+        checks[name] = llama
+        # In float32 choices would have to be equal, which INT8 does not promise.
+        if dtype == "float16":
+            checks[f"{name}, INT8 cache"] = lambda llama=llama: llama(cache="int8")
     return checks
 
 
