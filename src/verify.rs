@@ -29,7 +29,7 @@ pub struct Comparison {
     /// The same of the call where it was largest.
     pub worst_call: f64,
     /// What the reference differs by, over all calls, if each of its results is rounded to the engine's type: no engine of
-    /// that type can be expected to differ by less. 0 in float32.
+    /// that type can be expected to differ by less. 0 in float32, but for INT8 inputs, which even its last bits decide.
     pub rounding_error: f64,
 }
 

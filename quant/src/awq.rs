@@ -1,20 +1,13 @@
 //! AWQ (Lin et al. 2023, arXiv 2306.00978): channels that carry large activations are scaled up before rounding, so that
 //! they are rounded more finely. The factors are powers of the mean magnitudes; the exponent is searched for each group of
 //! layers that read the same input.
-use crate::rounded::round_to_nearest;
+use crate::rounded::{round_to_nearest, sampled, scale_columns};
 use graphs::interpret::multiply;
 use graphs::{DType, Format};
 use rayon::prelude::*;
 
 /// Exponents that are tried: 0 (no scaling), then in steps of 1 / 20.
 const EXPONENTS: usize = 20;
-
-/// Outputs that are rounded and multiplied in one go: few enough to stay in a core's cache, and no copy of a whole matrix.
-const BLOCK: usize = 64;
-
-/// Blocks of a matrix whose loss stands for all while exponents are compared: outputs are much alike, and the exponents'
-/// losses rise and fall together.
-const SAMPLE: usize = 16;
 
 /// The smallest factor before they are centered.
 const LEAST: f32 = 1e-4;
@@ -82,15 +75,6 @@ pub fn loss(matrix: &Matrix<'_>, rows: &[f32], factors: &[f32], compute: DType) 
         let products = multiply(rows, &off, [count, input, off.len() / input], true, false);
         products.iter().map(|value| f64::from(value * value)).sum()
     };
-    let blocks = matrix.weights.chunks(BLOCK * input);
-    let step = blocks.len().div_ceil(SAMPLE).max(1);
-    let (seen, loss) =
-        blocks.step_by(step).fold((0, 0.0), |(seen, loss), block| (seen + block.len(), loss + of_block(block)));
-    loss * matrix.weights.len() as f64 / seen.max(1) as f64
-}
-
-fn scale_columns(weights: &mut [f32], factors: &[f32], scale: impl Fn(f32, f32) -> f32) {
-    for row in weights.chunks_exact_mut(factors.len().max(1)) {
-        std::iter::zip(row, factors).for_each(|(value, &factor)| *value = scale(*value, factor));
-    }
+    let (blocks, times) = sampled(matrix.weights, input);
+    blocks.into_iter().map(of_block).sum::<f64>() * times
 }

@@ -10,6 +10,7 @@
 //! over `12 * 127^2`. That is convex in the logarithms of the factors: where what pushes a factor up equals what pushes it
 //! down for each channel, it is least.
 use crate::Smoothed;
+use crate::rounded::BLOCK;
 use rayon::prelude::*;
 
 /// Steps towards the balance; the last are the smallest.
@@ -79,21 +80,45 @@ impl Peaks {
     }
 }
 
-/// Sums of squares of each column.
+/// Sums of squares of each column, block by block, in their order.
 fn squares(matrices: &[&[f32]], width: usize) -> Vec<f64> {
+    let of_block = |block: &[f32]| {
+        let mut sums = vec![0.0; width];
+        for row in block.chunks_exact(width.max(1)) {
+            std::iter::zip(&mut sums, row).for_each(|(sum, value)| *sum += f64::from(value * value));
+        }
+        sums
+    };
     let mut sums = vec![0.0; width];
-    for row in matrices.iter().flat_map(|matrix| matrix.chunks_exact(width.max(1))) {
-        std::iter::zip(&mut sums, row).for_each(|(sum, value)| *sum += f64::from(value * value));
+    for matrix in matrices {
+        let blocks: Vec<Vec<f64>> = matrix.par_chunks((BLOCK * width).max(1)).map(of_block).collect();
+        for block in blocks {
+            std::iter::zip(&mut sums, block).for_each(|(sum, own)| *sum += own);
+        }
     }
     sums
 }
 
+/// Values of a row whose largest is found at once.
+const RUN: usize = 64;
+
 /// Of each row, each value times its column's factor.
 fn peaks(matrices: &[&[f32]], factors: &[f32]) -> Peaks {
+    let scaled = |(value, factor): (&f32, &f32)| (value * factor).abs();
     let peak = |row: &[f32]| {
-        let most = row.iter().zip(factors).fold(0.0f32, |most, (value, factor)| most.max((value * factor).abs()));
-        let at = row.iter().zip(factors).position(|(value, factor)| (value * factor).abs() == most);
-        (at, f64::from(most) * f64::from(most))
+        let (mut first, mut most) = (0, 0.0f32);
+        for (run, (values, factors)) in row.chunks(RUN).zip(factors.chunks(RUN)).enumerate() {
+            let own = values
+                .iter()
+                .zip(factors)
+                .map(scaled)
+                .fold(0.0f32, |most, value| if value > most { value } else { most });
+            if own > most {
+                (first, most) = (run * RUN, own);
+            }
+        }
+        let at = row[first..].iter().zip(&factors[first..]).position(|pair| scaled(pair) == most);
+        (at.map(|at| first + at), f64::from(most) * f64::from(most))
     };
     let mut peaks = Peaks { sum: 0.0, of: vec![0.0; factors.len()] };
     for matrix in matrices {

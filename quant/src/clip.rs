@@ -6,7 +6,7 @@
 //! alone; here a group is then chosen again against what the others leave, r = X d over all of them: |r + X d|^2 =
 //! |r|^2 + 2 r X d + d G d, until nothing changes.
 use crate::round;
-use crate::rounded::{group_of, round_by};
+use crate::rounded::{BLOCK, group_of, round_by};
 use graphs::interpret::multiply;
 use graphs::{DType, Format};
 use rayon::prelude::*;
@@ -14,9 +14,6 @@ use rayon::prelude::*;
 /// Parts of the largest magnitude that are tried, from all of it down.
 const STEPS: usize = 10;
 const STEP: f32 = 1.0 / 20.0;
-
-/// Outputs that one thread does in one go. Fixed, so that sums are the same for any number of threads.
-const BLOCK: usize = 64;
 
 /// Times that each group is chosen again, at most.
 const ROUNDS: usize = 4;
@@ -67,18 +64,27 @@ fn together(parts: &mut [Part], known: &[Inputs], outputs: usize) {
     };
     std::iter::zip(&*parts, known).for_each(|(part, inputs)| add(&mut left, &products(part, inputs), 1.0));
     for _ in 0..ROUNDS {
-        let mut changed = false;
+        let mut all_changed = 0;
         for (part, inputs) in std::iter::zip(&mut *parts, known) {
-            let mut own = products(part, inputs);
-            add(&mut left, &own, -1.0);
-            let against = multiply(&left, &inputs.rows, [outputs, count, part.group], false, false);
-            if part.choose(inputs, Some(&against)) {
-                changed = true;
-                own = products(part, inputs);
+            // X^T (r + X d) without the group's own X d.
+            let mut against = multiply(&left, &inputs.rows, [outputs, count, part.group], false, false);
+            add(&mut against, &part.weighed(inputs), -1.0);
+            let mut before = part.off.clone();
+            let changed = part.choose(inputs, Some(&against));
+            if changed.is_empty() {
+                continue;
             }
-            add(&mut left, &own, 1.0);
+            all_changed += changed.len();
+            // Of those that changed, by how much they are further off.
+            let rows = |output: &usize| output * part.group..(output + 1) * part.group;
+            add(&mut before, &part.off, -1.0);
+            let less: Vec<f32> = changed.iter().flat_map(|output| &before[rows(output)]).copied().collect();
+            let less = multiply(&less, &inputs.rows, [changed.len(), part.group, count], true, false);
+            for (output, less) in std::iter::zip(changed, less.chunks_exact(count.max(1))) {
+                add(&mut left[output * count..][..count], less, -1.0);
+            }
         }
-        if !changed {
+        if all_changed == 0 {
             break;
         }
     }
@@ -124,9 +130,14 @@ impl Part {
         Part { weights, group, limit, compute, scales, off, own: Vec::new() }
     }
 
-    /// Chooses for each output the scale that loses least, the largest of equals; `against` is X^T r. Says whether any
+    /// d G for each output.
+    fn weighed(&self, inputs: &Inputs) -> Vec<f32> {
+        multiply(&self.off, &inputs.gram, [self.scales.len(), self.group, self.group], false, false)
+    }
+
+    /// Chooses for each output the scale that loses least, the largest of equals; `against` is X^T r. Gives the outputs whose
     /// choice changed.
-    fn choose(&mut self, inputs: &Inputs, against: Option<&[f32]>) -> bool {
+    fn choose(&mut self, inputs: &Inputs, against: Option<&[f32]>) -> Vec<usize> {
         let (group, outputs) = (self.group, self.scales.len());
         let mut best = vec![f64::INFINITY; outputs];
         let before = std::mem::take(&mut self.scales);
@@ -161,7 +172,7 @@ impl Part {
                 }
             }
         }
-        self.scales != before
+        (0..outputs).filter(|&output| self.scales[output] != before[output]).collect()
     }
 }
 

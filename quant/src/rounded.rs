@@ -27,3 +27,26 @@ pub(crate) fn round_by(values: &mut [f32], scale: f32, limit: f32) {
         *value = nearest((*value * inverse).clamp(-limit - 1.0, limit)) * scale;
     }
 }
+
+/// Outputs that are rounded and multiplied in one go: few enough to stay in a core's cache, and no copy of a whole matrix.
+pub(crate) const BLOCK: usize = 64;
+
+/// Blocks of a matrix whose loss stands for all while factors are compared: outputs are much alike, and the losses of
+/// candidates rise and fall together.
+const SAMPLE: usize = 16;
+
+/// Blocks of a matrix's outputs that stand for all, and how many times as many all are.
+pub(crate) fn sampled(weights: &[f32], input: usize) -> (Vec<&[f32]>, f64) {
+    let blocks = weights.chunks((BLOCK * input).max(1));
+    let step = blocks.len().div_ceil(SAMPLE).max(1);
+    let blocks: Vec<&[f32]> = blocks.step_by(step).collect();
+    let seen = blocks.iter().map(|block| block.len()).sum::<usize>();
+    (blocks, weights.len() as f64 / seen.max(1) as f64)
+}
+
+/// Columns times or by their factors.
+pub(crate) fn scale_columns(weights: &mut [f32], factors: &[f32], scale: impl Fn(f32, f32) -> f32) {
+    for row in weights.chunks_exact_mut(factors.len().max(1)) {
+        std::iter::zip(row, factors).for_each(|(value, &factor)| *value = scale(*value, factor));
+    }
+}

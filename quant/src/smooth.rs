@@ -1,7 +1,7 @@
 //! SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): a factor for each input channel moves outliers of the activations,
 //! which are divided by it, into the weights, which are multiplied.
 
-use crate::round_to_nearest;
+use crate::rounded::{round_to_nearest, sampled, scale_columns};
 use graphs::interpret::{multiply, round_tokens};
 use graphs::{DType, Format};
 use rayon::prelude::*;
@@ -14,8 +14,9 @@ pub const ALPHAS: [f32; 10] = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 
 const LEAST: f32 = 1e-4;
 const MOST: f32 = 1e4;
 
-/// What sums may come to in float16, whose largest number is 65504: weights are rounded too.
-const HALF_LIMIT: f32 = 6e4;
+/// What inputs may come to in float16, whose largest number is 65504, once they are divided: others than those seen may be
+/// larger.
+const INPUT_LIMIT: f32 = 8192.0;
 
 /// The largest magnitude of each input channel of a matrix `[out, in]`, joined with those in `most`.
 pub fn join_column_absmax(weights: &[f32], most: &mut [f32]) {
@@ -38,13 +39,11 @@ pub(crate) fn bounded(factor: f32) -> f32 {
     factor.clamp(LEAST, MOST)
 }
 
-/// What all factors have to be multiplied by, at most 1, so that no sum of products of INT8 inputs and scaled weights leaves
-/// float16. Scales of tokens take the rest: they are multiplied after the sum. A power of two, which changes no rounding.
-pub(crate) fn product_limit(matrices: &[&[f32]], factors: &[f32]) -> f32 {
-    let sum = |row: &[f32]| std::iter::zip(row, factors).map(|(value, factor)| (value * factor).abs()).sum::<f32>();
-    let rows = matrices.iter().flat_map(|matrix| matrix.chunks_exact(factors.len().max(1)));
-    let most = rows.map(sum).fold(0.0f32, f32::max) * 128.0;
-    if most > HALF_LIMIT { (HALF_LIMIT / most).log2().floor().exp2() } else { 1.0 }
+/// What all factors have to be multiplied by, at least 1, so that inputs divided by them stay within float16; scales take the
+/// rest. A power of two, which changes no rounding.
+fn input_limit(absmax: &[f32], factors: &[f32]) -> f32 {
+    let most = std::iter::zip(absmax, factors).fold(0.0f32, |most, (value, factor)| most.max(value / factor));
+    if most > INPUT_LIMIT { (most / INPUT_LIMIT).log2().ceil().exp2() } else { 1.0 }
 }
 
 /// One scale for all channels, after smoothing; 1 where there is nothing.
@@ -65,7 +64,7 @@ pub struct Smoothed<'m> {
     pub per_token: bool,
 }
 
-impl Smoothed<'_> {
+impl<'m> Smoothed<'m> {
     /// Factors of the channels that are made, which may be fewer than are read: `alpha`'s, or those that lose least.
     /// `of_inputs` and `of_weights` are their largest magnitudes; `spread` makes factors of the channels read of them, and
     /// `join` the mean of what belongs to each.
@@ -90,10 +89,8 @@ impl Smoothed<'_> {
             },
             by,
         );
-        if self.per_token {
-            let all = product_limit(self.matrices, &spread(&found));
-            found.iter_mut().for_each(|factor| *factor *= all);
-        }
+        let all = input_limit(self.absmax, &spread(&found));
+        found.iter_mut().for_each(|factor| *factor *= all);
         found
     }
 
@@ -107,37 +104,46 @@ impl Smoothed<'_> {
         (best, losses.get(best).copied().unwrap_or(0.0))
     }
 
-    /// Sum of squares by which the products are off.
+    /// Sum of squares by which the products are off; of very many outputs an estimate by some of them.
     pub fn loss(&self, factors: &[f32], compute: DType) -> f64 {
         self.off(&self.products(), factors, compute)
     }
 
-    /// Of each matrix, `[.., out]`.
-    fn products(&self) -> Vec<Vec<f32>> {
-        let width = self.absmax.len().max(1);
-        let product = |weights: &&[f32]| {
-            multiply(self.rows, weights, [self.rows.len() / width, width, weights.len() / width], true, false)
+    /// Blocks of outputs of all matrices, and what the loss of each counts.
+    fn blocks(&self) -> Vec<(&[f32], f64)> {
+        let of = |matrix: &&'m [f32]| {
+            let (blocks, times) = sampled(matrix, self.absmax.len());
+            blocks.into_iter().map(move |block| (block, times))
         };
-        self.matrices.iter().map(product).collect()
+        self.matrices.iter().flat_map(of).collect()
+    }
+
+    /// Of each block, `[.., out]`.
+    fn products(&self) -> Vec<Vec<f32>> {
+        self.blocks().par_iter().map(|(block, _)| self.product(self.rows, block)).collect()
+    }
+
+    fn product(&self, inputs: &[f32], weights: &[f32]) -> Vec<f32> {
+        let width = self.absmax.len().max(1);
+        multiply(inputs, weights, [inputs.len() / width, width, weights.len() / width], true, false)
     }
 
     fn off(&self, wanted: &[Vec<f32>], factors: &[f32], compute: DType) -> f64 {
         let width = factors.len().max(1);
         let mut inputs = self.rows.to_vec();
-        for row in inputs.chunks_exact_mut(width) {
-            std::iter::zip(row, factors).for_each(|(value, factor)| *value /= factor);
-        }
+        scale_columns(&mut inputs, factors, |value, factor| value / factor);
         let scale = (!self.per_token).then(|| activation_scale(self.absmax, Some(factors)));
         round_tokens(&mut inputs, width, scale, None, false);
-        let loss = |(weights, wanted): (&&[f32], &Vec<f32>)| {
-            let outputs = weights.len() / width;
-            let mut scaled = weights.to_vec();
-            let rows = scaled.chunks_exact_mut(width);
-            rows.for_each(|row| std::iter::zip(row, factors).for_each(|(value, factor)| *value *= factor));
+        let loss = |((block, times), wanted): (&(&[f32], f64), &Vec<f32>)| {
+            let mut scaled = block.to_vec();
+            scale_columns(&mut scaled, factors, |value, factor| value * factor);
             round_to_nearest(&mut scaled, width, Format::Int8, compute);
-            let found = multiply(&inputs, &scaled, [inputs.len() / width, width, outputs], true, false);
-            std::iter::zip(found, wanted).map(|(found, wanted)| f64::from((found - wanted).powi(2))).sum::<f64>()
+            let found = self.product(&inputs, &scaled);
+            times
+                * std::iter::zip(found, wanted).map(|(found, wanted)| f64::from((found - wanted).powi(2))).sum::<f64>()
         };
-        std::iter::zip(self.matrices, wanted).map(loss).sum()
+        // Summed in their order, whatever the number of threads.
+        let losses: Vec<f64> = self.blocks().par_iter().zip(wanted).map(loss).collect();
+        losses.iter().sum()
     }
 }

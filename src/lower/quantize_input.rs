@@ -7,6 +7,10 @@ use trt::{ElementWiseOperation, ReduceOperation, UnaryOperation};
 /// What the largest magnitude of a token counts as at least: the smallest normal float16.
 const LEAST: f32 = 1.0 / 16384.0;
 
+/// What a step of a divided token is: tokens are divided by so much larger scales, so that sums of 127 times many weights
+/// stay within float16. A power of two, which changes no rounding.
+const STEP: f32 = 1.0 / 128.0;
+
 impl<'n> Lowering<'_, 'n, '_> {
     /// One scale known beforehand, or one for each token. Those cannot be the scales of a quantize layer, which wants
     /// constants: the tokens are divided by them before, and the products multiplied by them after ([`Self::of_tokens`]).
@@ -31,7 +35,8 @@ impl<'n> Lowering<'_, 'n, '_> {
                 let most = self.target.elementwise(&name("at_least"), most?, least, ElementWiseOperation::Max);
                 // Divided as in the reference: the largest value of a `wide` token is half a step from both its neighbours, so
                 // that the last bit of the scale decides.
-                let steps = self.number(&name("steps"), if wide { 127.5 } else { 127.0 }, dtype, rank)?;
+                let steps = if wide { 127.5 } else { 127.0 };
+                let steps = self.number(&name("steps"), steps * STEP, dtype, rank)?;
                 let scales = self.target.elementwise(
                     &name("scales"),
                     most.map_err(refused())?,
@@ -41,8 +46,8 @@ impl<'n> Lowering<'_, 'n, '_> {
                 let scales = scales.map_err(refused())?;
                 self.token_scales.insert(NodeId(self.values.len()), scales);
                 let divided = self.target.elementwise(&name("divided"), x, scales, ElementWiseOperation::Div);
-                let one = self.constants.floats(dtype, &[1.0]);
-                (divided.map_err(refused())?, self.target.constant(&name("one"), data_type(dtype), &[], one)?)
+                let step = self.constants.floats(dtype, &[STEP]);
+                (divided.map_err(refused())?, self.target.constant(&name("step"), data_type(dtype), &[], step)?)
             }
         };
         let quantized = self.target.quantize(&name("quantize"), x, scale).map_err(refused())?;

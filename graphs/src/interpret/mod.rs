@@ -103,7 +103,8 @@ impl Interpreter {
         self
     }
 
-    /// Rounds each result to the type that its node has: what an engine of that type must differ by at the least.
+    /// Rounds each result to the type that its node has, float32 to fewer bits than it has: what an engine of that type must
+    /// differ by at the least.
     pub fn rounded(mut self) -> Interpreter {
         self.rounded = true;
         self
