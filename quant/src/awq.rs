@@ -1,13 +1,17 @@
 //! AWQ (Lin et al. 2023, arXiv 2306.00978): channels that carry large activations are scaled up before rounding, so that
 //! they are rounded more finely. The factors are powers of the mean magnitudes; the exponent is searched for each group of
 //! layers that read the same input.
-use crate::rounded::{round_to_nearest, sampled, scale_columns};
+use crate::rounded::{SAMPLE, round_to_nearest, sampled, scale_columns};
 use graphs::interpret::multiply;
 use graphs::{DType, Format};
 use rayon::prelude::*;
 
 /// Exponents that are tried: 0 (no scaling), then in steps of 1 / 20.
 const EXPONENTS: usize = 20;
+
+/// Blocks by which all exponents are compared, and how many of the best are compared by more, beside no scaling.
+const FIRST: usize = 4;
+const KEPT: usize = 5;
 
 /// The smallest factor before they are centered.
 const LEAST: f32 = 1e-4;
@@ -48,14 +52,19 @@ pub fn search(
     spread: &(dyn Fn(Vec<f32>) -> Vec<f32> + Sync),
     compute: DType,
 ) -> Scaling {
-    let try_one = |step: usize| {
+    let try_one = |step: usize, blocks: usize| {
         let exponent = step as f32 / EXPONENTS as f32;
         let own = factors(means, exponent);
         let wide = spread(own.clone());
-        let loss: f64 = matrices.iter().map(|matrix| loss(matrix, rows, &wide, compute)).sum();
+        let loss: f64 = matrices.iter().map(|matrix| loss_by(matrix, rows, &wide, compute, blocks)).sum();
         Scaling { factors: own, exponent, loss, plain_loss: 0.0 }
     };
-    let tried: Vec<Scaling> = (0..EXPONENTS).into_par_iter().map(try_one).collect();
+    let first: Vec<f64> = (0..EXPONENTS).into_par_iter().map(|step| try_one(step, FIRST).loss).collect();
+    let mut steps: Vec<usize> = (0..EXPONENTS).collect();
+    steps[1..].sort_by(|a, b| first[*a].total_cmp(&first[*b]));
+    steps.truncate(1 + KEPT);
+    steps.sort_unstable();
+    let tried: Vec<Scaling> = steps.into_par_iter().map(|step| try_one(step, SAMPLE)).collect();
     let plain_loss = tried.first().map_or(0.0, |plain| plain.loss);
     let none = Scaling { factors: vec![1.0; means.len()], exponent: 0.0, loss: f64::INFINITY, plain_loss };
     let best = tried.into_iter().fold(none, |best, other| if other.loss < best.loss { other } else { best });
@@ -64,6 +73,10 @@ pub fn search(
 
 /// Sum of squares of X (W - W')^T for W' = round(W s) / s; of very many outputs an estimate by some of them.
 pub fn loss(matrix: &Matrix<'_>, rows: &[f32], factors: &[f32], compute: DType) -> f64 {
+    loss_by(matrix, rows, factors, compute, SAMPLE)
+}
+
+fn loss_by(matrix: &Matrix<'_>, rows: &[f32], factors: &[f32], compute: DType, blocks: usize) -> f64 {
     let input = factors.len().max(1);
     let count = rows.len() / input;
     let of_block = |weights: &[f32]| -> f64 {
@@ -75,6 +88,6 @@ pub fn loss(matrix: &Matrix<'_>, rows: &[f32], factors: &[f32], compute: DType) 
         let products = multiply(rows, &off, [count, input, off.len() / input], true, false);
         products.iter().map(|value| f64::from(value * value)).sum()
     };
-    let (blocks, times) = sampled(matrix.weights, input);
+    let (blocks, times) = sampled(matrix.weights, input, blocks);
     blocks.into_iter().map(of_block).sum::<f64>() * times
 }

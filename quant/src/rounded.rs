@@ -33,12 +33,12 @@ pub(crate) const BLOCK: usize = 64;
 
 /// Blocks of a matrix whose loss stands for all while factors are compared: outputs are much alike, and the losses of
 /// candidates rise and fall together.
-const SAMPLE: usize = 16;
+pub(crate) const SAMPLE: usize = 16;
 
-/// Blocks of a matrix's outputs that stand for all, and how many times as many all are.
-pub(crate) fn sampled(weights: &[f32], input: usize) -> (Vec<&[f32]>, f64) {
+/// At most so many blocks of a matrix's outputs, which stand for all, and how many times as many all are.
+pub(crate) fn sampled(weights: &[f32], input: usize, most: usize) -> (Vec<&[f32]>, f64) {
     let blocks = weights.chunks((BLOCK * input).max(1));
-    let step = blocks.len().div_ceil(SAMPLE).max(1);
+    let step = blocks.len().div_ceil(most).max(1);
     let blocks: Vec<&[f32]> = blocks.step_by(step).collect();
     let seen = blocks.iter().map(|block| block.len()).sum::<usize>();
     (blocks, weights.len() as f64 / seen.max(1) as f64)

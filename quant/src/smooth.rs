@@ -1,7 +1,7 @@
 //! SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): a factor for each input channel moves outliers of the activations,
 //! which are divided by it, into the weights, which are multiplied.
 
-use crate::rounded::{round_to_nearest, sampled, scale_columns};
+use crate::rounded::{SAMPLE, round_to_nearest, sampled, scale_columns};
 use graphs::interpret::{multiply, round_tokens};
 use graphs::{DType, Format};
 use rayon::prelude::*;
@@ -112,7 +112,7 @@ impl<'m> Smoothed<'m> {
     /// Blocks of outputs of all matrices, and what the loss of each counts.
     fn blocks(&self) -> Vec<(&[f32], f64)> {
         let of = |matrix: &&'m [f32]| {
-            let (blocks, times) = sampled(matrix, self.absmax.len());
+            let (blocks, times) = sampled(matrix, self.absmax.len(), SAMPLE);
             blocks.into_iter().map(move |block| (block, times))
         };
         self.matrices.iter().flat_map(of).collect()
