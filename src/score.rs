@@ -24,13 +24,31 @@ impl ScoreError {
     }
 }
 
-/// Means over all tokens of all answers.
+/// Over all tokens of all answers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scores {
     pub perplexity: f64,
-    /// Kullback-Leibler divergence of the next token's distribution from the baseline's.
-    pub divergence: f64,
+    pub divergence: Divergence,
     pub tokens: usize,
+}
+
+/// Kullback-Leibler divergences of the next tokens' distributions from the baseline's. A few tokens that were near ties can
+/// make most of a mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Divergence {
+    pub mean: f64,
+    pub median: f64,
+    /// Exceeded by one token in a hundred.
+    pub percentile_99: f64,
+}
+
+impl Divergence {
+    fn of(mut tokens: Vec<f64>) -> Divergence {
+        tokens.sort_by(f64::total_cmp);
+        let mean = tokens.iter().sum::<f64>() / tokens.len().max(1) as f64;
+        let at = |percent: usize| tokens.get(tokens.len() * percent / 100).copied().unwrap_or(0.0);
+        Divergence { mean, median: at(50), percentile_99: at(99) }
+    }
 }
 
 /// Logits of the first model that was scored, in a file: those of a large vocabulary do not fit in memory.
@@ -84,7 +102,7 @@ pub fn score(
         inputs.into_iter().map(run).collect()
     };
     baseline.file.seek(SeekFrom::Start(0))?;
-    let (mut surprises, mut divergences, mut tokens) = (0.0, 0.0, 0);
+    let (mut surprises, mut divergences) = (0.0, Vec::new());
     for (number, sample) in samples.iter().enumerate() {
         let logits = lesson.teach(std::slice::from_ref(sample), &mut run)?;
         for logits in &logits {
@@ -92,15 +110,15 @@ pub fn score(
                 let own = row_of(logits, row).ok_or(TeachError::Inconsistent("language"))?;
                 let wanted = baseline.row(own)?;
                 surprises += surprise(own, token as usize);
-                divergences += divergence(&wanted, own);
-                tokens += 1;
+                divergences.push(divergence(&wanted, own));
             }
         }
         progress(number as u64 + 1, samples.len() as u64);
     }
     baseline.written = true;
-    let count = tokens.max(1) as f64;
-    Ok(Scores { perplexity: (surprises / count).exp(), divergence: divergences / count, tokens })
+    let tokens = divergences.len();
+    let perplexity = (surprises / tokens.max(1) as f64).exp();
+    Ok(Scores { perplexity, divergence: Divergence::of(divergences), tokens })
 }
 
 fn row_of(logits: &Array, row: usize) -> Option<&[f32]> {
@@ -138,6 +156,14 @@ mod tests {
         let logits = [1.0f32, 2.0, 4.0];
         let total: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
         assert!((surprise(&logits, 1) + (2.0f64.exp() / total).ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn one_token_in_a_hundred_exceeds_the_percentile() {
+        let tokens = (0..200).rev().map(f64::from).collect();
+        assert_eq!(Divergence::of(tokens), Divergence { mean: 99.5, median: 100.0, percentile_99: 198.0 });
+        assert_eq!(Divergence::of(vec![3.0]), Divergence { mean: 3.0, median: 3.0, percentile_99: 3.0 });
+        assert_eq!(Divergence::of(Vec::new()), Divergence::default());
     }
 
     #[test]

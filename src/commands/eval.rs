@@ -10,7 +10,7 @@ use crate::quality::Scheme;
 use crate::report::{Printer, table};
 use crate::runtime::{AnswerOptions, Ask, Reference, Session};
 use crate::samples::{Sample, Sampler, windows};
-use crate::score::{Baseline, Scores, score};
+use crate::score::{Baseline, Divergence, Scores, score};
 use crate::source::CheckpointValues;
 use crate::teach::Lesson;
 use graphs::Logits;
@@ -91,7 +91,7 @@ pub(super) fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Failure 
     }
 }
 
-const TEXT_HEAD: [&str; 3] = ["quantization", "perplexity", "KL divergence"];
+const TEXT_HEAD: [&str; 5] = ["quantization", "perplexity", "KL divergence", "median", "99 %"];
 
 /// The layers of one scheme for a report, where one is written.
 fn measured(
@@ -141,10 +141,17 @@ fn text(args: &EvalTextArgs, printer: &Printer) -> Result<(), Failure> {
             schemes.extend(measured(&mut compiled, &request, args.report.is_some(), printer)?);
             found
         };
-        let Scores { perplexity, divergence, .. } = found;
-        rows.push(vec![quant.clone(), format!("{perplexity:.3}"), format!("{divergence:.5}")]);
+        let Scores { perplexity, divergence: Divergence { mean, median, percentile_99 }, .. } = found;
+        rows.push(vec![
+            quant.clone(),
+            format!("{perplexity:.3}"),
+            format!("{mean:.5}"),
+            format!("{median:.1e}"),
+            format!("{percentile_99:.1e}"),
+        ]);
         results.push(json!({
-            "quant": quant, "perplexity": perplexity, "divergence": divergence, "tokens": tokens.len(), "window": window,
+            "quant": quant, "perplexity": perplexity, "divergence": mean, "divergence_median": median,
+            "divergence_99_percent": percentile_99, "tokens": tokens.len(), "window": window,
         }));
     }
     if printer.is_json() {
@@ -210,7 +217,8 @@ impl Task {
     }
 }
 
-const PICTURES_HEAD: [&str; 5] = ["quantization", "exact match %", "character errors %", "perplexity", "KL divergence"];
+const PICTURES_HEAD: [&str; 7] =
+    ["quantization", "exact match %", "character errors %", "perplexity", "KL divergence", "median", "99 %"];
 
 /// Exact match and character error rate of greedy answers; the likelihood of the expected ones, and how far the
 /// distributions along them are from the unquantized model's.
@@ -256,17 +264,20 @@ fn pictures(args: &EvalPicturesArgs, printer: &Printer) -> Result<(), Failure> {
         drop(bar);
         let exact = 100.0 * exact as f64 / count as f64;
         let errors = 100.0 * wrong as f64 / characters.max(1) as f64;
-        let Scores { perplexity, divergence, .. } = scored;
+        let Scores { perplexity, divergence: Divergence { mean, median, percentile_99 }, .. } = scored;
         rows.push(vec![
             quant.clone(),
             format!("{exact:.1}"),
             format!("{errors:.2}"),
             format!("{perplexity:.4}"),
-            format!("{divergence:.6}"),
+            format!("{mean:.6}"),
+            format!("{median:.1e}"),
+            format!("{percentile_99:.1e}"),
         ]);
         results.push(json!({
             "quant": quant, "pictures": count, "exact_match_percent": exact, "character_error_percent": errors,
-            "perplexity": perplexity, "divergence": divergence,
+            "perplexity": perplexity, "divergence": mean, "divergence_median": median,
+            "divergence_99_percent": percentile_99,
         }));
     }
     if printer.is_json() {

@@ -129,7 +129,7 @@ def memory_checks(work, tools):
     for shape in ("llava-1.5-7b", "llava-1.5-13b"):
         checkpoint = work / f"memory-{shape}"
         checks[f"{shape} shape: synth for ranks"] = lambda shape=shape, checkpoint=checkpoint: synth(shape, checkpoint)
-        plans = ((1, 1), (2, 2), (8, 4))
+        plans = ((1, 1), (2, 2), (8, 8))
         for ranks, jobs in plans:
             checks[f"{shape} shape: build tp {ranks}, {jobs} at once"] = lambda checkpoint=checkpoint, ranks=ranks, jobs=jobs: built(
                 checkpoint, ranks, jobs, (ranks, jobs) == plans[-1])
