@@ -20,7 +20,7 @@ fn scale(weights: &[f64], width: usize, group: usize, limit: f64, at: usize, par
     let (row, column) = (at / width, at % width);
     let first = row * width + column / group * group;
     let most = weights[first..first + group].iter().fold(0.0f64, |most, value| most.max(value.abs()));
-    f64::from(f16::from_f64(f64::from((most * part / limit) as f32)).to_f32())
+    f64::from(f16::from_f32(most as f32 * part as f32 / limit as f32).to_f32())
 }
 
 /// Whether a number of steps is so near to a half that the last bits of a float32 decide to which side it is rounded.
@@ -311,11 +311,17 @@ proptest! {
             let product = |row: &[f32]| std::iter::zip(row, &off).map(|(x, off)| f64::from(*x) * off).sum::<f64>();
             inputs.chunks(case.width).map(|row| product(row).powi(2)).sum()
         };
+        // In float32 as in the search: its last bit can decide a scale's.
+        let part = |step: u8| f64::from(1.0 - f32::from(step) * (1.0 / 20.0));
+        let steps = |at: usize, step: u8| exact[at] / scale(&exact, case.width, group, limit, at, part(step));
         for output in 0..case.out {
+            if (output * case.width..(output + 1) * case.width).any(|at| (0..10).any(|step| is_tie(steps(at, step)))) {
+                continue;
+            }
             let found = loss(output, None);
             for index in 0..case.width / group {
                 for step in 0..10 {
-                    let other = loss(output, Some((index, 1.0 - f64::from(step) / 20.0)));
+                    let other = loss(output, Some((index, part(step))));
                     prop_assert!(found <= other * 1.01 + 1e-5, "{output} {index} {step}: {found} {other}");
                 }
             }
