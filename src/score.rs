@@ -38,7 +38,7 @@ pub struct Scores {
 pub struct Divergence {
     pub mean: f64,
     pub median: f64,
-    /// Exceeded by one token in a hundred.
+    /// Exceeded by at most one token in a hundred.
     pub percentile_99: f64,
 }
 

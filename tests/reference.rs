@@ -4,7 +4,7 @@ mod common;
 use common::*;
 use graphs::DType;
 use safetensors::SafeTensors;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::Path;
 
 /// The golden's picture as a PNG, its prompt and its ids.
@@ -322,4 +322,25 @@ fn a_changed_file_is_noticed() {
     std::fs::write(&weights, content).unwrap();
     let (code, text) = refuse(&["run", output.to_str().unwrap(), "--prompt", "Hello"]);
     assert!(code == 1 && text.contains("was changed: wanted") && text.contains("build the directory again"), "{text}");
+}
+
+/// In float32 only INT8 inputs feel the last bits, and what ties cost there widens `verify`'s bound.
+#[test]
+fn verify_counts_ties_of_int8_inputs() {
+    let root = tempfile::tempdir().unwrap();
+    let rounding = |flags: &[&str]| -> Vec<(f64, f64)> {
+        let output = root.path().join(format!("engines-{}", flags.len()));
+        build_reference(&fixture("llava-hf"), &output, &[&["--dtype", "float32"], flags].concat());
+        let found = succeed(&["verify", output.to_str().unwrap(), "--target", "reference", "--json", "-q"]).stdout;
+        let found: Value = serde_json::from_slice(&found).unwrap();
+        assert_eq!(found["passed"], true);
+        let number = |one: &Value, name: &str| one[name].as_f64().unwrap();
+        let all = found["comparisons"].as_array().unwrap().iter();
+        all.map(|one| (number(one, "rounding_error"), number(one, "bound"))).collect()
+    };
+    assert!(rounding(&[]).iter().all(|found| *found == (0.0, 1e-3)));
+    let tokens = rounding(&["--quant", "int8-absmax-token", "--vision-quant", "int8-absmax-token"]);
+    for (rounding, bound) in tokens {
+        assert!(rounding > 0.0 && rounding < 0.1 && bound >= (3.0 * rounding).max(2e-2), "{rounding} {bound}");
+    }
 }

@@ -4,7 +4,7 @@
 //!
 //! A group of weights that are off by d loses |X d|^2 = d G d for G = X^T X over the group's inputs. AWQ chooses each group
 //! alone; here a group is then chosen again against what the others leave, r = X d over all of them: |r + X d|^2 =
-//! |r|^2 + 2 r X d + d G d, until nothing changes.
+//! |r|^2 + 2 r X d + d G d, until nothing changes or a few times.
 use crate::round;
 use crate::rounded::{BLOCK, group_of, round_by};
 use graphs::interpret::multiply;
@@ -15,7 +15,7 @@ use rayon::prelude::*;
 const STEPS: usize = 10;
 const STEP: f32 = 1.0 / 20.0;
 
-/// Times that each group is chosen again, at most.
+/// Times that each group is chosen again, at most: nearly all outputs are settled then (twice as many take half as long again).
 const ROUNDS: usize = 4;
 
 /// The scales that lose least, in the format's own order, of a matrix `[out, in]`. `rows` are inputs `[.., in]`, none for
@@ -57,14 +57,14 @@ pub fn clip(weights: &[f32], input: usize, rows: &[f32], format: Format, compute
 fn together(parts: &mut [Part], known: &[Inputs], outputs: usize) {
     let count = known.first().map_or(0, |inputs| inputs.count);
     let mut left = vec![0.0f32; outputs * count];
-    let products =
-        |part: &Part, inputs: &Inputs| multiply(&part.off, &inputs.rows, [outputs, part.group, count], true, false);
     let add = |left: &mut [f32], products: &[f32], sign: f32| {
         std::iter::zip(left, products).for_each(|(left, product)| *left += sign * product);
     };
-    std::iter::zip(&*parts, known).for_each(|(part, inputs)| add(&mut left, &products(part, inputs), 1.0));
+    for (part, inputs) in std::iter::zip(&*parts, known) {
+        add(&mut left, &multiply(&part.off, &inputs.rows, [outputs, part.group, count], true, false), 1.0);
+    }
     for _ in 0..ROUNDS {
-        let mut all_changed = 0;
+        let mut settled = true;
         for (part, inputs) in std::iter::zip(&mut *parts, known) {
             // X^T (r + X d) without the group's own X d.
             let mut against = multiply(&left, &inputs.rows, [outputs, count, part.group], false, false);
@@ -74,8 +74,8 @@ fn together(parts: &mut [Part], known: &[Inputs], outputs: usize) {
             if changed.is_empty() {
                 continue;
             }
-            all_changed += changed.len();
-            // Of those that changed, by how much they are further off.
+            settled = false;
+            // Of those that changed, by how much they are less off than before.
             let rows = |output: &usize| output * part.group..(output + 1) * part.group;
             add(&mut before, &part.off, -1.0);
             let less: Vec<f32> = changed.iter().flat_map(|output| &before[rows(output)]).copied().collect();
@@ -84,7 +84,7 @@ fn together(parts: &mut [Part], known: &[Inputs], outputs: usize) {
                 add(&mut left[output * count..][..count], less, -1.0);
             }
         }
-        if all_changed == 0 {
+        if settled {
             break;
         }
     }

@@ -31,7 +31,7 @@ pub use pack::{pack, unpack};
 pub use plain::{plain_entry, read_plain};
 pub use pool::Pool;
 pub use recipe::{Assignment, Method, Recipe, assign, assign_part, check_used, path_glob};
-pub use rounded::round_to_nearest;
+pub use rounded::{round_to_nearest, scale_columns};
 pub use smooth::{ALPHAS, Smoothed, activation_scale, join_column_absmax, smooth};
 pub use source::{Entry, MemorySource, Source, SourceError};
 pub use statistics::{Gathered, InputStatistics, Kept, Share};

@@ -45,7 +45,7 @@ pub(crate) fn sampled(weights: &[f32], input: usize, most: usize) -> (Vec<&[f32]
 }
 
 /// Columns times or by their factors.
-pub(crate) fn scale_columns(weights: &mut [f32], factors: &[f32], scale: impl Fn(f32, f32) -> f32) {
+pub fn scale_columns(weights: &mut [f32], factors: &[f32], scale: impl Fn(f32, f32) -> f32) {
     for row in weights.chunks_exact_mut(factors.len().max(1)) {
         std::iter::zip(row, factors).for_each(|(value, &factor)| *value = scale(*value, factor));
     }

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 /// those with a few very large activations.
 pub const ALPHAS: [f32; 10] = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95];
 
-/// Bounds of a factor: what is divided by it must stay within float16.
+/// Bounds of a factor, before [`input_limit`].
 const LEAST: f32 = 1e-4;
 const MOST: f32 = 1e4;
 
@@ -82,10 +82,12 @@ impl<'m> Smoothed<'m> {
                 // Where inputs have no outliers it may be best to leave them alone.
                 let mut candidates = vec![vec![1.0; of_inputs.len()]];
                 candidates.extend(ALPHAS.map(by));
-                let (best, loss) = self.best(candidates.iter().map(|own| spread(own)).collect(), compute);
+                let wanted = self.products();
+                let wide: Vec<Vec<f32>> = candidates.iter().map(|own| spread(own)).collect();
+                let (best, loss) = self.best_of(&wanted, &wide, compute);
                 let best = candidates.swap_remove(best);
                 let balanced = self.balance(best.clone(), spread, join);
-                if self.loss(&spread(&balanced), compute) < loss { balanced } else { best }
+                if self.off(&wanted, &spread(&balanced), compute) < loss { balanced } else { best }
             },
             by,
         );
@@ -96,9 +98,12 @@ impl<'m> Smoothed<'m> {
 
     /// The candidate, factors of each channel, under which products of INT8 inputs and weights lose least, the first of
     /// equals; and what it loses.
-    pub fn best(&self, candidates: Vec<Vec<f32>>, compute: DType) -> (usize, f64) {
-        let wanted = self.products();
-        let losses: Vec<f64> = candidates.par_iter().map(|factors| self.off(&wanted, factors, compute)).collect();
+    pub fn best(&self, candidates: &[Vec<f32>], compute: DType) -> (usize, f64) {
+        self.best_of(&self.products(), candidates, compute)
+    }
+
+    fn best_of(&self, wanted: &[Vec<f32>], candidates: &[Vec<f32>], compute: DType) -> (usize, f64) {
+        let losses: Vec<f64> = candidates.par_iter().map(|factors| self.off(wanted, factors, compute)).collect();
         let better = |best: usize, at: usize| if losses[at] < losses[best] { at } else { best };
         let best = (1..losses.len()).fold(0, better);
         (best, losses.get(best).copied().unwrap_or(0.0))

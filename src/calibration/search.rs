@@ -191,9 +191,7 @@ fn find(
                 Some((input, factors)) => {
                     let mut rows = seen(input)?.rows;
                     if let Some(factors) = vector(factors)? {
-                        for row in rows.chunks_exact_mut(factors.len().max(1)) {
-                            std::iter::zip(row, &factors).for_each(|(value, factor)| *value /= factor);
-                        }
+                        quant::scale_columns(&mut rows, &factors, |value, factor| value / factor);
                     }
                     rows
                 }

@@ -93,6 +93,12 @@ pub(super) fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Failure 
 
 const TEXT_HEAD: [&str; 5] = ["quantization", "perplexity", "KL divergence", "median", "99 %"];
 
+/// As the last columns of both heads; `digits` are the mean's.
+fn cells(divergence: Divergence, digits: usize) -> [String; 3] {
+    let Divergence { mean, median, percentile_99 } = divergence;
+    [format!("{mean:.digits$}"), format!("{median:.1e}"), format!("{percentile_99:.1e}")]
+}
+
 /// The layers of one scheme for a report, where one is written.
 fn measured(
     compiled: &mut Compiled,
@@ -141,17 +147,13 @@ fn text(args: &EvalTextArgs, printer: &Printer) -> Result<(), Failure> {
             schemes.extend(measured(&mut compiled, &request, args.report.is_some(), printer)?);
             found
         };
-        let Scores { perplexity, divergence: Divergence { mean, median, percentile_99 }, .. } = found;
-        rows.push(vec![
-            quant.clone(),
-            format!("{perplexity:.3}"),
-            format!("{mean:.5}"),
-            format!("{median:.1e}"),
-            format!("{percentile_99:.1e}"),
-        ]);
+        let Scores { perplexity, divergence, .. } = found;
+        let mut row = vec![quant.clone(), format!("{perplexity:.3}")];
+        row.extend(cells(divergence, 5));
+        rows.push(row);
         results.push(json!({
-            "quant": quant, "perplexity": perplexity, "divergence": mean, "divergence_median": median,
-            "divergence_99_percent": percentile_99, "tokens": tokens.len(), "window": window,
+            "quant": quant, "perplexity": perplexity, "divergence": divergence.mean, "divergence_median": divergence.median,
+            "divergence_99_percent": divergence.percentile_99, "tokens": tokens.len(), "window": window,
         }));
     }
     if printer.is_json() {
@@ -264,20 +266,14 @@ fn pictures(args: &EvalPicturesArgs, printer: &Printer) -> Result<(), Failure> {
         drop(bar);
         let exact = 100.0 * exact as f64 / count as f64;
         let errors = 100.0 * wrong as f64 / characters.max(1) as f64;
-        let Scores { perplexity, divergence: Divergence { mean, median, percentile_99 }, .. } = scored;
-        rows.push(vec![
-            quant.clone(),
-            format!("{exact:.1}"),
-            format!("{errors:.2}"),
-            format!("{perplexity:.4}"),
-            format!("{mean:.6}"),
-            format!("{median:.1e}"),
-            format!("{percentile_99:.1e}"),
-        ]);
+        let Scores { perplexity, divergence, .. } = scored;
+        let mut row = vec![quant.clone(), format!("{exact:.1}"), format!("{errors:.2}"), format!("{perplexity:.4}")];
+        row.extend(cells(divergence, 6));
+        rows.push(row);
         results.push(json!({
             "quant": quant, "pictures": count, "exact_match_percent": exact, "character_error_percent": errors,
-            "perplexity": perplexity, "divergence": mean, "divergence_median": median,
-            "divergence_99_percent": percentile_99,
+            "perplexity": perplexity, "divergence": divergence.mean, "divergence_median": divergence.median,
+            "divergence_99_percent": divergence.percentile_99,
         }));
     }
     if printer.is_json() {

@@ -40,7 +40,8 @@ impl Array {
             match dtype {
                 DType::Float16 => data.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
                 DType::Bfloat16 => data.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
-                _ => data.iter_mut().for_each(|value| *value = shortened(*value)),
+                DType::Float32 => data.iter_mut().for_each(|value| *value = shortened(*value)),
+                _ => {}
             }
         }
         self
@@ -78,5 +79,29 @@ impl Array {
     /// Size of the last dimension.
     pub(super) fn width(&self) -> usize {
         self.shape.last().copied().unwrap_or(1).max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn float32_keeps_its_steady_bits() {
+        let ulp = f32::EPSILON;
+        let pairs = [
+            (1.0, 1.0),
+            (1.0 + ulp, 1.0),
+            (1.0 + 7.0 * ulp, 1.0),
+            (1.0 + 8.0 * ulp, 1.0 + 16.0 * ulp),
+            (-1.0 - 9.0 * ulp, -1.0 - 16.0 * ulp),
+            // The next power of two.
+            (2.0 - ulp, 2.0),
+            (0.0, 0.0),
+            (f32::INFINITY, f32::INFINITY),
+        ];
+        let (values, wanted): (Vec<f32>, Vec<f32>) = pairs.into_iter().unzip();
+        assert_eq!(Array::float([8], values).rounded(DType::Float32), Array::float([8], wanted));
+        assert!(shortened(f32::NAN).is_nan());
     }
 }
