@@ -10,10 +10,15 @@ use crate::rounded::{BLOCK, group_of, round_by};
 use graphs::interpret::multiply;
 use graphs::{DType, Format};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Parts of the largest magnitude that are tried, from all of it down.
 const STEPS: usize = 10;
 const STEP: f32 = 1.0 / 20.0;
+
+/// Parts that are compared by the products, the best of all by what each weight loses alone: products with all of them
+/// take most of the time, and choose one of these nearly always.
+const KEPT: usize = 4;
 
 /// Times that each group is chosen again, at most: nearly all outputs are settled then (twice as many take half as long again).
 const ROUNDS: usize = 4;
@@ -32,16 +37,14 @@ pub fn clip(weights: &[f32], input: usize, rows: &[f32], format: Format, compute
         let of = |index: usize| -> Vec<f32> {
             whole.chunks_exact(input).flat_map(|row| &row[index * group..(index + 1) * group]).copied().collect()
         };
-        let mut parts: Vec<Part> =
-            (0..groups).map(|index| Part::new(of(index), group, format.limit(), compute)).collect();
-        std::iter::zip(&mut parts, &known).for_each(|(part, inputs)| {
-            part.choose(inputs, None);
-        });
+        let mut parts: Vec<Part> = std::iter::zip(0..groups, &known)
+            .map(|(index, inputs)| Part::new(&of(index), inputs, format.limit(), compute))
+            .collect();
         if !rows.is_empty() && groups > 1 {
             together(&mut parts, &known, outputs);
         }
         for (index, part) in parts.iter().enumerate() {
-            found.iter_mut().skip(index).step_by(groups).zip(&part.scales).for_each(|(into, scale)| *into = *scale);
+            found.iter_mut().skip(index).step_by(groups).zip(part.scales()).for_each(|(into, scale)| *into = scale);
         }
     });
     match format {
@@ -53,45 +56,52 @@ pub fn clip(weights: &[f32], input: usize, rows: &[f32], format: Format, compute
     }
 }
 
-/// Chooses each group against what the others leave.
+/// Chooses each group against what the others leave. Outputs do not touch each other: those of which a round changed nothing
+/// are done.
 fn together(parts: &mut [Part], known: &[Inputs], outputs: usize) {
     let count = known.first().map_or(0, |inputs| inputs.count);
     let mut left = vec![0.0f32; outputs * count];
-    let add = |left: &mut [f32], products: &[f32], sign: f32| {
-        std::iter::zip(left, products).for_each(|(left, product)| *left += sign * product);
-    };
+    let mut open: Vec<usize> = (0..outputs).collect();
     for (part, inputs) in std::iter::zip(&*parts, known) {
-        add(&mut left, &multiply(&part.off, &inputs.rows, [outputs, part.group, count], true, false), 1.0);
+        let off: Vec<f32> = open.iter().flat_map(|&output| part.off(output, part.chosen[output])).copied().collect();
+        add(&mut left, &multiply(&off, &inputs.rows, [outputs, inputs.group, count], true, false), 1.0);
     }
     for _ in 0..ROUNDS {
-        let mut settled = true;
+        let mut changed = vec![false; open.len()];
         for (part, inputs) in std::iter::zip(&mut *parts, known) {
-            // X^T (r + X d) without the group's own X d.
-            let mut against = multiply(&left, &inputs.rows, [outputs, count, part.group], false, false);
-            add(&mut against, &part.weighed(inputs), -1.0);
-            let mut before = part.off.clone();
-            let changed = part.choose(inputs, Some(&against));
-            if changed.is_empty() {
-                continue;
+            let against = multiply(&left, &inputs.rows, [open.len(), count, inputs.group], false, false);
+            // By how much those that change are less off than before.
+            let (mut places, mut less) = (Vec::new(), Vec::new());
+            for ((place, &output), against) in open.iter().enumerate().zip(against.chunks_exact(inputs.group)) {
+                let before = part.chosen[output];
+                if part.choose(output, against) {
+                    places.push(place);
+                    let (old, new) = (part.off(output, before), part.off(output, part.chosen[output]));
+                    less.extend(std::iter::zip(old, new).map(|(old, new)| old - new));
+                }
             }
-            settled = false;
-            // Of those that changed, by how much they are less off than before.
-            let rows = |output: &usize| output * part.group..(output + 1) * part.group;
-            add(&mut before, &part.off, -1.0);
-            let less: Vec<f32> = changed.iter().flat_map(|output| &before[rows(output)]).copied().collect();
-            let less = multiply(&less, &inputs.rows, [changed.len(), part.group, count], true, false);
-            for (output, less) in std::iter::zip(changed, less.chunks_exact(count.max(1))) {
-                add(&mut left[output * count..][..count], less, -1.0);
+            let less = multiply(&less, &inputs.rows, [places.len(), inputs.group, count], true, false);
+            for (place, less) in std::iter::zip(places, less.chunks_exact(count.max(1))) {
+                add(&mut left[place * count..][..count], less, -1.0);
+                changed[place] = true;
             }
         }
-        if settled {
+        let rows = std::iter::zip(&changed, left.chunks_exact(count.max(1)));
+        left = rows.filter(|(changed, _)| **changed).flat_map(|(_, row)| row).copied().collect();
+        open = std::iter::zip(open, changed).filter_map(|(output, changed)| changed.then_some(output)).collect();
+        if open.is_empty() {
             break;
         }
     }
 }
 
+fn add(to: &mut [f32], values: &[f32], sign: f32) {
+    std::iter::zip(to, values).for_each(|(to, value)| *to += sign * value);
+}
+
 /// The inputs of one group.
 struct Inputs {
+    group: usize,
     /// `[count, group]`
     rows: Vec<f32>,
     count: usize,
@@ -107,73 +117,105 @@ impl Inputs {
         let columns: Vec<f32> = (0..group).flat_map(|at| own.iter().skip(at).step_by(group).copied()).collect();
         let gram =
             if own.is_empty() { Vec::new() } else { multiply(&columns, &columns, [group, count, group], true, false) };
-        Inputs { rows: own, count, gram }
+        Inputs { group, rows: own, count, gram }
+    }
+
+    /// What an error of each weight counts by itself: all the same without rows.
+    fn alone(&self) -> Vec<f32> {
+        (0..self.group).map(|at| self.gram.get(at * (self.group + 1)).copied().unwrap_or(1.0)).collect()
     }
 }
 
-/// One group of some outputs' weights, `[outputs, group]`.
+/// One group of some outputs' weights, and the steps that are left of each to choose from, largest scales first.
 struct Part {
-    weights: Vec<f32>,
     group: usize,
-    limit: f32,
-    compute: DType,
-    /// What was chosen, and by how much weights are off then.
+    /// Steps of an output.
+    kept: usize,
+    /// `[outputs, kept]`: the scale of each step, and what it loses without regard to other groups.
     scales: Vec<f32>,
-    off: Vec<f32>,
-    /// What each step loses by itself, for each output, once that is known: products that no round changes.
     own: Vec<f64>,
+    /// By how much weights are off, `[outputs, kept, group]`, and that times X^T X; the latter empty without rows.
+    off: Vec<f32>,
+    weighed: Vec<f32>,
+    /// The step of each output.
+    chosen: Vec<usize>,
 }
 
 impl Part {
-    fn new(weights: Vec<f32>, group: usize, limit: f32, compute: DType) -> Part {
-        let (scales, off) = (vec![1.0; weights.len() / group], vec![0.0; weights.len()]);
-        Part { weights, group, limit, compute, scales, off, own: Vec::new() }
-    }
-
-    /// d G for each output.
-    fn weighed(&self, inputs: &Inputs) -> Vec<f32> {
-        multiply(&self.off, &inputs.gram, [self.scales.len(), self.group, self.group], false, false)
-    }
-
-    /// Chooses for each output the scale that loses least, the largest of equals; `against` is X^T r. Gives the outputs whose
-    /// choice changed.
-    fn choose(&mut self, inputs: &Inputs, against: Option<&[f32]>) -> Vec<usize> {
-        let (group, outputs) = (self.group, self.scales.len());
-        let mut best = vec![f64::INFINITY; outputs];
-        let before = std::mem::take(&mut self.scales);
-        self.scales = before.clone();
-        let mut off = vec![0.0; self.weights.len()];
-        let rows = || self.weights.chunks_exact(group);
-        let most: Vec<f32> = rows().map(|row| row.iter().fold(0.0, |most: f32, value| most.max(value.abs()))).collect();
-        for step in 0..STEPS {
-            let part = 1.0 - step as f32 * STEP;
-            let mut scales = Vec::with_capacity(outputs);
-            for ((row, most), off) in rows().zip(&most).zip(off.chunks_exact_mut(group)) {
-                let scale = round::scale(most * part, self.limit, self.compute);
+    /// `weights` are `[outputs, group]`; for each output the step is chosen that loses least, the largest scale of equals.
+    fn new(weights: &[f32], inputs: &Inputs, limit: f32, compute: DType) -> Part {
+        let (group, alone) = (inputs.group, inputs.alone());
+        // Without rows what a weight loses alone is all there is.
+        let kept = if inputs.gram.is_empty() { 1 } else { KEPT };
+        let (mut scales, mut own, mut off) = (Vec::new(), Vec::new(), Vec::new());
+        let mut tried = vec![0.0f32; STEPS * group];
+        for row in weights.chunks_exact(group) {
+            let most = row.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+            let scale = |step: usize| round::scale(most * (1.0 - step as f32 * STEP), limit, compute);
+            let mut losses = [0.0f64; STEPS];
+            for (step, off) in tried.chunks_exact_mut(group).enumerate() {
                 off.copy_from_slice(row);
-                round_by(off, scale, self.limit);
+                round_by(off, scale(step), limit);
                 std::iter::zip(&mut *off, row).for_each(|(off, value)| *off = value - *off);
-                scales.push(scale);
+                losses[step] = weighted_squares(off, &alone);
             }
-            if self.own.len() == step * outputs {
-                let weighed = (!inputs.gram.is_empty())
-                    .then(|| multiply(&off, &inputs.gram, [outputs, group, group], false, false));
-                let weighed = weighed.as_deref().unwrap_or(&off);
-                let rows = std::iter::zip(off.chunks_exact(group), weighed.chunks_exact(group));
-                self.own.extend(rows.map(|(off, weighed)| dot(off, weighed)));
-            }
-            for (output, (best, scale)) in std::iter::zip(&mut best, scales).enumerate() {
-                let place = output * group..(output + 1) * group;
-                let against = against.map_or(0.0, |against| 2.0 * dot(&off[place.clone()], &against[place.clone()]));
-                let loss = self.own[step * outputs + output] + against;
-                if loss < *best {
-                    (*best, self.scales[output]) = (loss, scale);
-                    self.off[place.clone()].copy_from_slice(&off[place]);
-                }
+            let mut steps: [usize; STEPS] = std::array::from_fn(|step| step);
+            steps.sort_by(|a, b| losses[*a].total_cmp(&losses[*b]));
+            steps[..kept].sort_unstable();
+            for &step in &steps[..kept] {
+                scales.push(scale(step));
+                own.push(losses[step]);
+                off.extend_from_slice(&tried[step * group..][..group]);
             }
         }
-        (0..outputs).filter(|&output| self.scales[output] != before[output]).collect()
+        let mut weighed = Vec::new();
+        if !inputs.gram.is_empty() {
+            weighed = multiply(&off, &inputs.gram, [scales.len(), group, group], false, false);
+            own =
+                std::iter::zip(off.chunks_exact(group), weighed.chunks_exact(group)).map(|(a, b)| dot(a, b)).collect();
+        }
+        let chosen = own.chunks_exact(kept).map(|losses| least(losses.iter().copied())).collect();
+        Part { group, kept, scales, own, off, weighed, chosen }
     }
+
+    fn scales(&self) -> impl Iterator<Item = f32> {
+        self.chosen.iter().enumerate().map(|(output, step)| self.scales[output * self.kept + step])
+    }
+
+    /// Where one of an output's steps is in `off` and `weighed`.
+    fn place(&self, output: usize, step: usize) -> Range<usize> {
+        let start = (output * self.kept + step) * self.group;
+        start..start + self.group
+    }
+
+    /// What an output's weights are off by in one of its steps.
+    fn off(&self, output: usize, step: usize) -> &[f32] {
+        &self.off[self.place(output, step)]
+    }
+
+    /// Chooses an output's step again, where `all` is X^T r for the r that all groups leave; whether it is another.
+    fn choose(&mut self, output: usize, all: &[f32]) -> bool {
+        let before = self.chosen[output];
+        // Of r this group's own part is X d.
+        let own = &self.weighed[self.place(output, before)];
+        let others: Vec<f32> = std::iter::zip(all, own).map(|(all, own)| all - own).collect();
+        let loss = |step| self.own[output * self.kept + step] + 2.0 * dot(self.off(output, step), &others);
+        let best = least((0..self.kept).map(loss));
+        self.chosen[output] = best;
+        best != before
+    }
+}
+
+/// The place of the least, the first of equals.
+fn least(values: impl Iterator<Item = f64>) -> usize {
+    let better = |best: (usize, f64), (at, value)| if value < best.1 { (at, value) } else { best };
+    values.enumerate().fold((0, f64::INFINITY), better).0
+}
+
+/// In sums side by side, as in [`dot`].
+fn weighted_squares(values: &[f32], weights: &[f32]) -> f64 {
+    let weighted: Vec<f32> = std::iter::zip(values, weights).map(|(value, weight)| value * weight).collect();
+    dot(values, &weighted)
 }
 
 /// In sums side by side, which the processor adds at once.

@@ -334,8 +334,20 @@ proptest! {
             let found = loss(output, None);
             let mut least = f64::INFINITY;
             for index in 0..case.width / group {
-                for step in 0..10 {
-                    least = least.min(loss(output, Some((index, part(step)))));
+                // Of ten parts four are compared by products: those that lose least if each weight counts alone.
+                let alone = |step: u8| -> f64 {
+                    let columns = index * group..(index + 1) * group;
+                    columns.map(|column| {
+                        let weight = inputs.chunks(case.width).map(|row| f64::from(row[column]).powi(2)).sum::<f64>();
+                        off(output, column, Some((index, part(step)))).powi(2) * if blind { 1.0 } else { weight }
+                    }).sum()
+                };
+                let mut tried: Vec<(f64, u8)> = (0..10).map(|step| (alone(step), step)).collect();
+                tried.sort_by(|a, b| a.0.total_cmp(&b.0));
+                // Which of two near equals is the fourth, the last bit decides.
+                let close = tried[4].0 <= tried[3].0 * (1.0 + 1e-4);
+                for (_, step) in &tried[..if close { 3 } else { 4 }] {
+                    least = least.min(loss(output, Some((index, part(*step)))));
                 }
             }
             // An output of several groups may have needed another round, which about one in 10^5 does.
