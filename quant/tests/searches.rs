@@ -315,7 +315,7 @@ proptest! {
                 }
             }
         };
-        let loss = |output: usize, other: Option<(usize, f64)>| -> f64 {
+        let wanted = |output: usize, other: Option<(usize, f64)>| -> f64 {
             let off: Vec<f64> = (0..case.width).map(|column| off(output, column, other)).collect();
             if blind {
                 return off.iter().map(|off| off * off).sum();
@@ -331,23 +331,30 @@ proptest! {
             if (output * case.width..(output + 1) * case.width).any(|at| (0..10).any(|step| is_tie(steps(at, step)))) {
                 continue;
             }
-            let found = loss(output, None);
+            let found = wanted(output, None);
             let mut least = f64::INFINITY;
             for index in 0..case.width / group {
-                // Of ten parts four are compared by products: those that lose least if each weight counts alone.
-                let alone = |step: u8| -> f64 {
+                // Of ten parts six are compared by products: those that lose least if inputs vary around their mean each by itself.
+                let outline = |step: u8| -> f64 {
                     let columns = index * group..(index + 1) * group;
-                    columns.map(|column| {
-                        let weight = inputs.chunks(case.width).map(|row| f64::from(row[column]).powi(2)).sum::<f64>();
-                        off(output, column, Some((index, part(step)))).powi(2) * if blind { 1.0 } else { weight }
-                    }).sum()
+                    let off = |column: usize| off(output, column, Some((index, part(step))));
+                    if blind {
+                        return columns.map(|column| off(column).powi(2)).sum();
+                    }
+                    let inputs_of = |column: usize| inputs.chunks(case.width).map(move |row| f64::from(row[column]));
+                    let mean = |column: usize| inputs_of(column).sum::<f64>() / case.rows as f64;
+                    let around = |column: usize| inputs_of(column).map(|x| (x - mean(column)).powi(2)).sum::<f64>();
+                    case.rows as f64 * columns.clone().map(|column| off(column) * mean(column)).sum::<f64>().powi(2)
+                        + columns.map(|column| off(column).powi(2) * around(column)).sum::<f64>()
                 };
-                let mut tried: Vec<(f64, u8)> = (0..10).map(|step| (alone(step), step)).collect();
+                let mut tried: Vec<(f64, u8)> = (0..10).map(|step| (outline(step), step)).collect();
                 tried.sort_by(|a, b| a.0.total_cmp(&b.0));
-                // Which of two near equals is the fourth, the last bit decides.
-                let close = tried[4].0 <= tried[3].0 * (1.0 + 1e-4);
-                for (_, step) in &tried[..if close { 3 } else { 4 }] {
-                    least = least.min(loss(output, Some((index, part(*step)))));
+                // Which of near equals is the sixth, the last bits decide.
+                let (last, next) = (tried[5].0, tried[6].0);
+                for (loss, step) in &tried[..6] {
+                    if next > last * 1.001 + 1e-6 || *loss < last * 0.999 - 1e-6 {
+                        least = least.min(wanted(output, Some((index, part(*step)))));
+                    }
                 }
             }
             // An output of several groups may have needed another round, which about one in 10^5 does.
