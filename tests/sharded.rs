@@ -159,7 +159,7 @@ fn compiled(case: &Case, ranks: usize) -> Compiled {
 /// Divides the model by each number of ranks; gives what is wrong.
 ///
 /// Where inputs are rounded, a value between two steps may fall to the other side for a last bit, which changes all that
-/// follows for that request; then most results must be right, and all of them near.
+/// follows for that request; then most results must be right with the same tokens, and all of them near.
 fn check(case: &Case, ranks: &[usize]) -> Vec<String> {
     let whole = compiled(case, 1);
     let ops = whole.networks.iter().flat_map(|passed| &passed.network.nodes).map(|node| &node.op);
@@ -171,7 +171,10 @@ fn check(case: &Case, ranks: &[usize]) -> Vec<String> {
             let errors = errors(&logits, &whole);
             let within = |bound: f32| errors.iter().filter(|error| **error <= bound).count();
             let right = if rounds { 2 * within(1e-5) > errors.len() } else { within(1e-5) == errors.len() };
-            if !right || within(2e-2) < errors.len() || tokens != chosen {
+            // A result that is off may choose the other of two near equals.
+            let both = std::iter::zip(tokens.concat(), chosen.concat());
+            let same = both.zip(&errors).all(|((found, wanted), error)| found == wanted || *error > 1e-5);
+            if !right || within(2e-2) < errors.len() || !same {
                 wrong.push(format!("{}: rank {rank} of {ranks} is off by {errors:?}", case.name()));
             }
         }
