@@ -172,7 +172,9 @@ fn check(case: &Case, ranks: &[usize]) -> Vec<String> {
             let within = |bound: f32| errors.iter().filter(|error| **error <= bound).count();
             let right = if rounds { 2 * within(1e-5) > errors.len() } else { within(1e-5) == errors.len() };
             // A result that is off may choose the other of two near equals.
-            let both = std::iter::zip(tokens.concat(), chosen.concat());
+            let (tokens, chosen) = (tokens.concat(), chosen.concat());
+            assert_eq!([tokens.len(), chosen.len()], [errors.len(); 2], "{}", case.name());
+            let both = std::iter::zip(tokens, chosen);
             let same = both.zip(&errors).all(|((found, wanted), error)| found == wanted || *error > 1e-5);
             if !right || within(2e-2) < errors.len() || !same {
                 wrong.push(format!("{}: rank {rank} of {ranks} is off by {errors:?}", case.name()));
